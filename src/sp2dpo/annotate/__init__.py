@@ -1,0 +1,1 @@
+"""Pairs × annotators × prompt variants into the call log."""

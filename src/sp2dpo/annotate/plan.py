@@ -1,0 +1,63 @@
+"""Which questions are still open: pairs × annotators × variants, less those with a valid answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sp2dpo.annotate.prompts import PromptPack, render
+from sp2dpo.calls import Cell
+from sp2dpo.hashing import sha256_json
+from sp2dpo.llm import Request
+
+__all__ = ["Question", "open_questions", "request_hash"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A request, and how often it was asked before."""
+
+    request: Request
+    annotator: str
+    asked: int
+
+    @property
+    def cell(self) -> Cell:
+        return self.request.pair_id, self.annotator, self.request.variant
+
+
+def request_hash(
+    endpoint: str, model: str, messages: Sequence[Mapping[str, str]], params_sent: Mapping[str, Any]
+) -> str:
+    """Identity of a question: equal hashes mean that the same bytes were asked of the same model."""
+    return sha256_json([endpoint, model, [dict(message) for message in messages], dict(params_sent)])
+
+
+def open_questions(
+    pairs: Sequence[Mapping[str, Any]],
+    pack: PromptPack,
+    annotators: Sequence[str],
+    *,
+    answered: set[Cell],
+    asked: Mapping[Cell, int],
+) -> Iterator[Question]:
+    """Questions without a valid answer, those of one pair together so that a server can cache its prefix.
+
+    A pair whose text stands in the data twice is asked about once.
+    """
+    seen: set[str] = set()
+    for pair in pairs:
+        if pair["pair_id"] in seen:
+            continue
+        seen.add(pair["pair_id"])
+        for variant in pack.systems:
+            cells = [(pair["pair_id"], annotator, variant) for annotator in annotators]
+            missing = [cell for cell in cells if cell not in answered]
+            if not missing:
+                continue
+            messages = render(pack, variant, pair["prompt"], pair["chosen"], pair["rejected"])
+            for pair_id, annotator, _ in missing:
+                yield Question(
+                    Request(pair_id, variant, messages), annotator, asked.get((pair_id, annotator, variant), 0)
+                )

@@ -1,0 +1,290 @@
+"""The command line: one verb for each arrow, no logic. Data goes to stdout, talk to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from sp2dpo import __version__
+from sp2dpo.errors import MissingExtra, Sp2dpoError, Unfinished
+from sp2dpo.runs import Run
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="sp2dpo",
+    help="Per-pair temperatures for DPO: decided before training, kept as data.",
+    epilog="The whole path in one command: sp2dpo run examples/quickstart/process.yaml",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+ProcessPath = Annotated[Path, typer.Argument(metavar="PROCESS.yaml", help="the process file (λ)")]
+RunDirPath = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="a run directory")]
+RunDir = Annotated[Path | None, typer.Option("--run-dir", help="where the run lives; default runs/<name>")]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="only the first N pairs; the rest can follow later")]
+Concurrency = Annotated[int, typer.Option("--concurrency", min=1, help="calls in flight for each annotator")]
+Reuse = Annotated[
+    Path | None,
+    typer.Option("--reuse", help="another run directory, whose answers to the same questions are taken over"),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="say what would be done, and do nothing")]
+AsJson = Annotated[bool, typer.Option("--json", help="the result as one JSON object on stdout")]
+
+
+def say(text: str) -> None:
+    """Talk: one line on stderr."""
+    print(text, file=sys.stderr)
+
+
+def give(data: Mapping[str, Any], as_json: bool, title: str = "") -> None:
+    """Data: one JSON object, or a table of names and values, on stdout."""
+    if as_json:
+        print(json.dumps(data, ensure_ascii=False))
+        return
+    table = Table("what", "value", title=title or None, title_justify="left")
+    for name, value in data.items():
+        table.add_row(name.replace("_", " "), _shown(value))
+    Console().print(table)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "–"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _open(process_path: Path, run_dir: Path | None) -> Run:
+    from sp2dpo.process import load_process
+    from sp2dpo.runs import open_run
+
+    run = open_run(load_process(process_path), run_dir)
+    say(f"λ {run.process.lambda_hash[:12]}  run directory {run.path}")
+    return run
+
+
+@app.command(epilog="sp2dpo prepare hh.jsonl.gz -o pairs.parquet")
+def prepare(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="hub id, folder, .parquet, .jsonl[.gz], .json or .csv")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="PAIRS.parquet")],
+    revision: Annotated[str | None, typer.Option(help="commit of a hub dataset")] = None,
+    split: Annotated[str | None, typer.Option(help="split of a folder or hub dataset")] = None,
+    files: Annotated[str | None, typer.Option(help="glob that picks files of a folder or hub dataset")] = None,
+    filters: Annotated[str, typer.Option(help="reasons to drop a row")] = "duplicate_prompt_id,empty_field",
+    as_json: AsJson = False,
+) -> None:
+    """Load, normalise and filter a preference dataset; print the table of counts."""
+    from sp2dpo.hashing import sha256_path
+    from sp2dpo.pairs import prepare as prepare_pairs
+    from sp2dpo.pairs import write_prepared
+    from sp2dpo.process import DataSettings
+
+    names = tuple(name.strip() for name in filters.split(",") if name.strip())
+    data = DataSettings(source=source, revision=revision, split=split, files=files, filters=names)
+    prepared = prepare_pairs(data, Path.cwd())
+    pinned = sha256_path(Path(source)) if Path(source).exists() else str(revision)
+    write_prepared(prepared, output, inputs={"source": pinned}, lambda_hash="")
+    _give_counts({"counts": prepared.counts, "notes": prepared.notes, "schema": prepared.schema}, as_json)
+    say(f"wrote {output} and {output.with_suffix('.dropped.csv').name}")
+
+
+def _give_counts(manifest: Mapping[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({name: manifest[name] for name in ("schema", "counts", "notes")}))
+        return
+    give(manifest["counts"], False, f"rows of the source (read as: {manifest['schema']})")
+    seen = {name: n for name, n in manifest["notes"].items() if n}
+    if seen:
+        give(seen, False, "kept, but worth a look; drop them with data.filters")
+
+
+@app.command(epilog="sp2dpo cost process.yaml --limit 1000")
+def cost(process: ProcessPath, limit: Limit = None, as_json: AsJson = False) -> None:
+    """Calls, tokens and USD before anything is spent (eq. 60)."""
+    from sp2dpo.annotate.estimate import estimate
+    from sp2dpo.process import load_process
+
+    give(estimate(load_process(process), limit), as_json, "estimated from characters, 4 to a token; no retries")
+
+
+@app.command(epilog="sp2dpo annotate process.yaml --limit 100 --concurrency 16")
+def annotate(
+    process: ProcessPath,
+    run_dir: RunDir = None,
+    limit: Limit = None,
+    concurrency: Concurrency = 8,
+    reuse: Reuse = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Ask the panel about every pair; go on where an earlier run stopped."""
+    run = _open(process, run_dir)
+    _prepare(run, as_json=False)
+    if dry_run:
+        from sp2dpo.annotate.estimate import estimate
+
+        give(estimate(run.process, limit), as_json, "would ask at most")
+        return
+    _annotate(run, limit, concurrency, reuse, as_json)
+
+
+def _prepare(run: Run, as_json: bool) -> None:
+    from sp2dpo.stages import prepare_run
+
+    manifest = prepare_run(run)
+    counts = manifest["counts"]
+    dropped = ", ".join(f"{name} {n:,}" for name, n in counts.items() if name not in ("raw", "kept"))
+    say(f"prepare   {counts['raw']:,} rows → {counts['kept']:,} pairs ({dropped or 'none dropped'})  {run.pairs}")
+
+
+def _annotate(run: Run, limit: int | None, concurrency: int, reuse: Path | None, as_json: bool) -> None:
+    from sp2dpo.annotate.run import annotate as annotate_run
+
+    account = annotate_run(run, limit=limit, concurrency=concurrency, reuse=reuse)
+    say(
+        f"annotate  {account.valid:,} of {account.questions:,} questions answered, "
+        f"{account.attempts:,} calls now  {run.calls}"
+    )
+    if as_json:
+        give({"questions": account.questions, "valid": account.valid, "missing": account.missing,
+              "attempts": account.attempts, "reused": account.reused, "cost_usd": account.cost_usd,
+              "outcomes": dict(account.outcomes), "mends": dict(account.mends)}, True)  # fmt: skip
+    for what, counts in (("outcomes", account.outcomes), ("mends", account.mends)):
+        if set(counts) - {"ok"}:
+            say(f"          {what}: " + ", ".join(f"{name} {n:,}" for name, n in counts.most_common()))
+    if account.reused:
+        say(f"          {account.reused:,} answers taken over from {reuse}")
+    for line in sorted(account.swapped):
+        say(f"          served model differs from the one asked for: {line}")
+    for name, why in account.stopped.items():
+        say(f"          annotator '{name}' was stopped: {why}")
+    if account.stopped:
+        raise Unfinished(f"{account.missing:,} answers are missing; ask for them with: sp2dpo annotate PROCESS.yaml")
+
+
+@app.command(epilog="sp2dpo schedule process.yaml --json")
+def schedule(process: ProcessPath, run_dir: RunDir = None, as_json: AsJson = False) -> None:
+    """Call log to gaps to β: schedule.parquet, schedule.csv and excluded.csv."""
+    _schedule(_open(process, run_dir), as_json, data=True)
+
+
+def _schedule(run: Run, as_json: bool, *, data: bool = False) -> None:
+    from sp2dpo.stages import schedule_run
+
+    made = schedule_run(run)
+    beta = made.schedule["beta"].to_numpy()
+    n, out = made.schedule.num_rows, made.excluded.num_rows
+    say(
+        f"schedule  {n:,} pairs with β in [{beta.min():.4f}, {beta.max():.4f}], mean {beta.mean():.4f}; "
+        f"{out:,} rows excluded  {run.schedule}"
+    )
+    if data:
+        give({"scheduled": n, "excluded": out, "beta_min": float(beta.min()), "beta_mean": float(beta.mean()),
+              "beta_max": float(beta.max()), "schedule": str(run.schedule)}, as_json)  # fmt: skip
+
+
+@app.command(epilog="sp2dpo verify runs/quickstart")
+def verify(run_dir: RunDirPath) -> None:
+    """Recompute every hash, gap and β from the call log; exit 1 on any difference."""
+    _verify(run_dir, print)
+
+
+def _verify(run_dir: Path, out: Callable[[str], Any]) -> None:
+    from sp2dpo.verify import verify as verify_run
+
+    for line in verify_run(run_dir):
+        out(line)
+
+
+@app.command(epilog="sp2dpo train process.yaml    or    accelerate launch -m sp2dpo.train process.yaml")
+def train(process: ProcessPath, run_dir: RunDir = None, limit: Limit = None, as_json: AsJson = False) -> None:
+    """Train the student with each method of the process, from the schedule in the run directory."""
+    _train(_open(process, run_dir), limit, as_json, data=True)
+
+
+def _train(run: Run, limit: int | None, as_json: bool, *, data: bool = False) -> None:
+    try:
+        from sp2dpo.train.run import train_run
+    except ModuleNotFoundError as error:
+        raise MissingExtra(f"sp2dpo train (no module '{error.name}')", "train") from error
+
+    trained = train_run(run, limit=limit)
+    for one in trained:
+        state = "already done" if one.already_done else f"{one.metrics.get('train_runtime', 0):.0f} s"
+        say(f"train     {one.method}: {state}, loss {one.metrics.get('train_loss', float('nan')):.4f}  {one.folder}")
+    if data:
+        give({one.method: one.metrics.get("train_loss") for one in trained}, as_json, "mean training loss")
+
+
+@app.command(epilog="sp2dpo report runs/quickstart")
+def report(run_dir: RunDirPath) -> None:
+    """One self-contained HTML file about a run."""
+    _report(run_dir)
+
+
+def _report(run_dir: Path) -> None:
+    try:
+        from sp2dpo.report.build import build_report
+    except ModuleNotFoundError as error:
+        raise MissingExtra(f"sp2dpo report (no module '{error.name}')", "report") from error
+
+    say(f"report    {build_report(run_dir)}")
+
+
+@app.command(epilog="sp2dpo run examples/quickstart/process.yaml")
+def run(
+    process: ProcessPath,
+    run_dir: RunDir = None,
+    limit: Limit = None,
+    concurrency: Concurrency = 8,
+    reuse: Reuse = None,
+) -> None:
+    """Every arrow: prepare, annotate, schedule, verify, train, report. Finished ones are not done again."""
+    one = _open(process, run_dir)
+    _prepare(one, as_json=False)
+    _annotate(one, limit, concurrency, reuse, as_json=False)
+    _schedule(one, as_json=False)
+    checked: list[str] = []
+    _verify(one.path, checked.append)
+    say(f"verify    {len(checked)} checks, all equal")
+    if one.process.settings.train is not None:
+        _train(one, None, as_json=False)
+    else:
+        say("train     left out: the process has no 'student' and 'train'")
+    _report(one.path)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
+    pass
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; the project's own errors are one line, a bug keeps its traceback."""
+    try:
+        app(argv, standalone_mode=True)
+    except Sp2dpoError as error:
+        say(f"sp2dpo: {error}")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        say("sp2dpo: interrupted; run the same command again to go on")
+        sys.exit(130)

@@ -1,0 +1,164 @@
+"""The schedule: one row for each pair that has a complete set of judgements, and a list of those that have not. E.3.
+
+Columns are the paper's, in its order, then diagnostics, then `beta`, which training reads. Tables in, tables out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from sp2dpo.calls import Call, Cell
+from sp2dpo.ensemble import annotator_mad, annotator_std, majority_category, median_over_prompts, prompt_disagreement
+from sp2dpo.errors import ScheduleError
+from sp2dpo.process import Schedule
+from sp2dpo.tables import schema_of
+from sp2dpo.temperature import envelope, mean_over_annotators, random_beta
+
+__all__ = ["EXCLUDED_SCHEMA", "columns_of", "excluded_table", "schedule_table"]
+
+EXCLUDED_SCHEMA = schema_of(
+    stage=pa.string(),
+    source_row=pa.int64(),
+    prompt_id=pa.string(),
+    pair_id=pa.string(),
+    reason=pa.string(),
+    detail=pa.string(),
+)
+
+_PER_CALL = ("category", "magnitude", "confidence", "effective_gap", "beta")
+
+
+def columns_of(annotators: Sequence[str], variants: Sequence[str]) -> dict[str, str]:
+    """Every column of the schedule in order, with what it is; 64 before the diagnostics for J = K = 3."""
+    text = {"prompt_id": "the source's id of the pair", "pair_id": "sha256 of prompt, chosen and rejected"}
+    text["prompt_variant_count"] = "K"
+    meaning = {
+        "category": "category of the call",
+        "magnitude": "magnitude of the call (eq. 22)",
+        "confidence": "confidence of the call (eq. 23)",
+        "effective_gap": "magnitude × confidence (eq. 29)",
+        "beta": "β of the call (eq. 15)",
+    }
+    for a in annotators:
+        text |= {f"{metric}_{a}_{v}": meaning[metric] for v in variants for metric in _PER_CALL}
+    for a in annotators:
+        text[f"category_{a}_ens"] = "majority over prompts, ties by priority (eq. 32)"
+        text[f"category_{a}_ens_tie_break"] = "whether a tie was broken"
+        text[f"effective_gap_{a}_ens"] = "median over prompts (eq. 16)"
+        text[f"beta_{a}_ens"] = "β of that median (eq. 33)"
+    text |= {f"beta_annotators_mean_{v}": "mean over annotators of the β of this prompt" for v in variants}
+    text["beta_annotators_mean_ens"] = "mean over annotators of beta_A_ens (eq. 17, 18)"
+    text["beta_random"] = "Rand-β control: one uniform draw for each pair of the filtered file"
+    text |= {
+        f"prompt_disagreement_{a}": "median absolute deviation of the gap over prompts (eq. 36)" for a in annotators
+    }
+    text["annotator_std"] = "standard deviation of β over annotators, ddof 0 (eq. 37)"
+    text["annotator_mad"] = "median absolute deviation of β over annotators (eq. 38)"
+    text["category"] = "majority over the annotators' categories, for audit only (Algorithm 2, line 14)"
+    text["beta"] = "the temperature that training reads"
+    return text
+
+
+def schedule_table(
+    pairs: pa.Table, gaps: pa.Table, annotators: Sequence[str], variants: Sequence[str], settings: Schedule
+) -> pa.Table:
+    """The schedule of all pairs with a gap in each of their J × K cells, in the order of `pairs`.
+
+    Raises:
+        ScheduleError: no pair has a complete set.
+    """
+    cells = _cells(gaps)
+    pair_ids = [str(pair) for pair in pairs["pair_id"].to_pylist()]
+    kept = [n for n, pair in enumerate(pair_ids) if all((pair, a, v) in cells for a in annotators for v in variants)]
+    if not kept:
+        raise ScheduleError("no pair has a complete set of valid answers; run: sp2dpo annotate PROCESS.yaml")
+    rows = [[[cells[pair_ids[n], a, v] for v in variants] for a in annotators] for n in kept]
+    random = random_beta(len(pair_ids), settings.beta_min, settings.beta_max, settings.random_seed)[kept]
+    columns = {
+        "prompt_id": pairs["prompt_id"].take(kept),
+        "pair_id": pairs["pair_id"].take(kept),
+        "prompt_variant_count": pa.array([len(variants)] * len(kept), pa.int64()),
+        **_derived(rows, annotators, variants, settings, random),
+    }
+    return pa.table({name: columns[name] for name in columns_of(annotators, variants)})
+
+
+def _cells(gaps: pa.Table) -> dict[Cell, tuple[Any, ...]]:
+    names = ("pair_id", "annotator", "variant", "category", "magnitude", "confidence", "effective_gap")
+    rows = zip(*(gaps[name].to_pylist() for name in names), strict=True)
+    return {(pair, annotator, variant): tuple(values) for pair, annotator, variant, *values in rows}
+
+
+def _derived(
+    rows: Sequence[Any],
+    annotators: Sequence[str],
+    variants: Sequence[str],
+    settings: Schedule,
+    random: NDArray[np.float64],
+) -> dict[str, Any]:
+    """All columns that follow from the gaps. Table 7: SA, SE, MA and JMAMP are one estimator."""
+
+    def f(gap: NDArray[np.float64]) -> NDArray[np.float64]:
+        return envelope(gap, settings.beta_min, settings.beta_max)
+
+    category = [[[call[0] for call in one] for one in row] for row in rows]
+
+    def number(n: int) -> NDArray[np.float64]:
+        return np.array([[[call[n] for call in one] for one in row] for row in rows], dtype=np.float64)
+
+    magnitude, confidence, gap_ijk = number(1), number(2), number(3)
+    beta_ijk = f(gap_ijk)
+    gap_ij = median_over_prompts(gap_ijk)
+    beta_ij = f(gap_ij)
+    ens = [[majority_category(one) for one in row] for row in category]
+    columns: dict[str, Any] = {}
+    for j, a in enumerate(annotators):
+        for k, v in enumerate(variants):
+            columns[f"category_{a}_{v}"] = [row[j][k] for row in category]
+            for metric, value in zip(_PER_CALL[1:], (magnitude, confidence, gap_ijk, beta_ijk), strict=True):
+                columns[f"{metric}_{a}_{v}"] = value[:, j, k]
+        columns[f"category_{a}_ens"] = [row[j][0] for row in ens]
+        columns[f"category_{a}_ens_tie_break"] = [row[j][1] for row in ens]
+        columns[f"effective_gap_{a}_ens"] = gap_ij[:, j]
+        columns[f"beta_{a}_ens"] = beta_ij[:, j]
+        columns[f"prompt_disagreement_{a}"] = prompt_disagreement(gap_ijk)[:, j]
+    for k, v in enumerate(variants):
+        columns[f"beta_annotators_mean_{v}"] = mean_over_annotators(beta_ijk[:, :, k])
+    columns["beta_annotators_mean_ens"] = columns["beta"] = mean_over_annotators(beta_ij)
+    columns["beta_random"] = random
+    columns["annotator_std"] = annotator_std(beta_ij)
+    columns["annotator_mad"] = annotator_mad(beta_ij)
+    columns["category"] = [majority_category([one[0] for one in row])[0] for row in ens]
+    return columns
+
+
+def excluded_table(
+    pairs: pa.Table,
+    dropped: pa.Table,
+    scheduled: Iterable[str],
+    failures: Mapping[Cell, Call],
+    annotators: Sequence[str],
+    variants: Sequence[str],
+    answered: set[Cell],
+) -> pa.Table:
+    """Every row of the source that is not in the schedule: dropped by `prepare`, or without a full set of answers."""
+    rows = [{"stage": "prepare", "detail": None, **row} for row in dropped.to_pylist()]
+    done = set(scheduled)
+    for pair in pairs.select(["pair_id", "prompt_id", "source_row"]).to_pylist():
+        if pair["pair_id"] not in done:
+            cells = [(pair["pair_id"], a, v) for a in annotators for v in variants]
+            missing = [cell for cell in cells if cell not in answered]
+            rows.append({"stage": "annotate", **pair, **_why(missing, failures)})
+    return pa.Table.from_pylist(rows, schema=EXCLUDED_SCHEMA)
+
+
+def _why(missing: Sequence[Cell], failures: Mapping[Cell, Call]) -> dict[str, str]:
+    asked = [cell for cell in missing if cell in failures]
+    outcome = {cell: failures[cell].outcome if cell in failures else "not asked" for cell in missing}
+    detail = "; ".join(f"{annotator}/{variant}: {why}" for (_, annotator, variant), why in outcome.items())
+    return {"reason": "no_valid_answer" if asked else "not_asked", "detail": detail}

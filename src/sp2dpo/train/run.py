@@ -1,0 +1,153 @@
+"""Training runs of a process: one folder for each method, complete when its manifest is there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.trainer_utils import get_last_checkpoint
+
+from sp2dpo.errors import ProcessError, ScheduleError
+from sp2dpo.hashing import sha256_file, sha256_path
+from sp2dpo.pairs import read_pairs
+from sp2dpo.process import Train, train_keys
+from sp2dpo.runs import Run
+from sp2dpo.tables import is_current, read_manifest, read_table, write_atomic, write_manifest, write_table
+from sp2dpo.train.data import training_table
+from sp2dpo.train.terminal import quiet, watch
+from sp2dpo.train.toy import make_toy
+from sp2dpo.train.trainer import PairwiseDPOConfig, PairwiseDPOTrainer, margins_table
+
+__all__ = ["Trained", "train_run"]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One finished training run."""
+
+    method: str
+    folder: Path
+    metrics: Mapping[str, float]
+    already_done: bool
+
+
+def train_run(run: Run, *, limit: int | None = None) -> list[Trained]:
+    """Train every method of the process that is not finished yet; an interrupted one goes on from its last checkpoint.
+
+    Raises:
+        ScheduleError: a schedule that was changed or does not fit the pairs; before any model is loaded.
+        ProcessError: the process has no student.
+    """
+    settings = run.process.settings
+    if settings.train is None or settings.student is None:
+        raise ProcessError("this process has no 'student' and 'train'; add them, or stop at the schedule")
+    pairs, schedule = read_pairs(run.pairs, "sp2dpo prepare"), _trusted_schedule(run)
+    tables = {method: _table(run, pairs, schedule, method).slice(0, limit) for method in settings.train.methods}
+    args = _arguments(settings.train)
+    with quiet():
+        model = _student_folder(run, pairs)
+        return [_train_one(run, method, table, args, model) for method, table in tables.items()]
+
+
+def _trusted_schedule(run: Run) -> pa.Table:
+    """The schedule, if it is the one that its manifest describes."""
+    schedule = read_table(run.schedule, "sp2dpo schedule PROCESS.yaml")
+    manifest = read_manifest(run.schedule)
+    if manifest is not None and manifest["files"].get(run.schedule.name) != sha256_file(run.schedule):
+        raise ScheduleError(
+            f"{run.schedule} is not the file that its manifest describes; make it again with sp2dpo schedule, or "
+            "delete schedule.manifest.json to train on a schedule of your own"
+        )
+    return schedule
+
+
+def _table(run: Run, pairs: pa.Table, schedule: pa.Table, method: str) -> pa.Table:
+    bounds = run.process.settings.schedule
+    beta = run.process.settings.train.beta if run.process.settings.train else 0.0
+    return training_table(pairs, schedule, method, beta=beta, beta_min=bounds.beta_min, beta_max=bounds.beta_max)
+
+
+def _arguments(train: Train) -> dict[str, dict[str, Any]]:
+    """The keys of `train`, split by whose they are."""
+    given = train.model_extra or {}
+    dpo = {name: value for name, value in given.items() if name in train_keys("dpo")}
+    lora = {name: value for name, value in given.items() if name in train_keys("lora")}
+    return {"dpo": dpo | {"beta": train.beta, "max_prompt_length": train.max_prompt_length}, "lora": lora}
+
+
+def _student_folder(run: Run, pairs: pa.Table) -> str:
+    """Where the student is loaded from; the toy is made here, once for all methods."""
+    student = run.process.settings.student
+    assert student is not None
+    local = run.process.base / student.model
+    if student.model != "toy":
+        return str(local) if local.is_dir() else student.model
+    folder = run.path / "student"
+    if not (folder / "model.safetensors").is_file():
+        make_toy(folder, [row["prompt"] + row[side] for row in pairs.to_pylist() for side in ("chosen", "rejected")])
+    return str(folder)
+
+
+def _train_one(run: Run, method: str, table: pa.Table, args: dict[str, dict[str, Any]], model: str) -> Trained:
+    folder = run.training(method)
+    inputs = {
+        run.schedule.name: sha256_file(run.schedule),
+        run.pairs.name: sha256_file(run.pairs),
+        "rows": str(table.num_rows),
+    }
+    done = folder / "metrics.json"
+    if is_current(done, inputs=inputs, lambda_hash=run.process.lambda_hash):
+        return Trained(method, folder, json.loads(done.read_text(encoding="utf-8")), already_done=True)
+    trainer = _trainer(run, table, args, model, folder)
+    watch(trainer, f"train {method}")
+    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if checkpoint:
+        seen = pa.parquet.read_table(Path(checkpoint) / "margins.parquet").to_pydict()
+        trainer.margins = list(zip(seen["step"], seen["row"], seen["margin"], strict=True))
+    metrics: dict[str, float] = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    trainer.save_model(str(folder))
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        _keep(run, trainer, folder, metrics, inputs)
+    return Trained(method, folder, metrics, already_done=False)
+
+
+def _trainer(
+    run: Run, table: pa.Table, args: dict[str, dict[str, Any]], model: str, folder: Path
+) -> PairwiseDPOTrainer:
+    student = run.process.settings.student
+    revision = student.revision if student else None
+    defaults = {"report_to": "none", "logging_steps": 10, "dataloader_pin_memory": torch.cuda.is_available()}
+    config = PairwiseDPOConfig(output_dir=str(folder), disable_tqdm=True, **{**defaults, **args["dpo"]})
+    init = config.model_init_kwargs or {}
+    return PairwiseDPOTrainer(
+        AutoModelForCausalLM.from_pretrained(model, revision=revision, **init),
+        args=config,
+        train_dataset=Dataset(table),
+        processing_class=AutoTokenizer.from_pretrained(model, revision=revision),
+        peft_config=LoraConfig(**{"task_type": "CAUSAL_LM", **args["lora"]}) if args["lora"] else None,
+    )
+
+
+def _keep(
+    run: Run, trainer: PairwiseDPOTrainer, folder: Path, metrics: dict[str, float], inputs: dict[str, str]
+) -> None:
+    write_table(folder / "margins.parquet", margins_table(trainer.margins))
+    text = json.dumps(metrics, indent=1)
+    write_atomic(folder / "metrics.json", lambda partial: partial.write_text(text, encoding="utf-8"))
+    kept = [p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.endswith(".manifest.json")]
+    write_manifest(
+        folder / "metrics.json",
+        files={path.name: sha256_path(path) for path in kept},
+        inputs=inputs,
+        lambda_hash=run.process.lambda_hash,
+    )
