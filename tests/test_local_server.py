@@ -8,7 +8,6 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,12 +33,6 @@ RESPONSE_FORMAT: Final = {
     "json_schema": {"name": "semantic_gap", "strict": True, "schema": SCHEMA},
 }
 TOPICS: Final = ("the sea", "a lawyer's letter", "photosynthesis", "def f(x): return x", "Zürich in 1984", "guitars")
-
-
-@pytest.fixture(scope="session")
-def server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with local_server(tmp_path_factory.mktemp("local-server")) as base_url:
-        yield base_url
 
 
 def complete(base_url: str, prompt: str, **options: Any) -> Any:

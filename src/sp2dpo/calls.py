@@ -142,7 +142,7 @@ class CallLog:
 
 @contextmanager
 def open_calls(path: Path, *, create: bool = False) -> Iterator[CallLog]:
-    """Open a call log; every commit is synced to disk.
+    """Open a call log, to read it or (`create`) to add to it; then every commit is synced to disk.
 
     Raises:
         RunDirError: it is not there (and `create` is false), or is no call log of this version.
@@ -151,10 +151,11 @@ def open_calls(path: Path, *, create: bool = False) -> Iterator[CallLog]:
         raise RunDirError(f"{path} is missing; make it with: sp2dpo annotate PROCESS.yaml")
     with closing(sqlite3.connect(path)) as db:
         try:
-            db.execute("PRAGMA journal_mode = WAL")
-            db.execute("PRAGMA synchronous = FULL")
             version = db.execute("PRAGMA user_version").fetchone()[0]
-            if version == 0 and not db.execute("SELECT 1 FROM sqlite_master").fetchone():
+            if create:
+                db.execute("PRAGMA journal_mode = WAL")
+                db.execute("PRAGMA synchronous = FULL")
+            if create and version == 0 and not db.execute("SELECT 1 FROM sqlite_master").fetchone():
                 db.executescript(_create_sql())
                 version = SCHEMA_VERSION
         except sqlite3.DatabaseError as error:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -51,9 +53,11 @@ def give(data: Mapping[str, Any], as_json: bool, title: str = "") -> None:
     if as_json:
         print(json.dumps(data, ensure_ascii=False))
         return
-    table = Table("what", "value", title=title or None, title_justify="left")
+    if title:
+        print(title)
+    table = Table("what", "value", box=SIMPLE_HEAD, show_header=False)
     for name, value in data.items():
-        table.add_row(name.replace("_", " "), _shown(value))
+        table.add_row(name, _shown(value))
     Console().print(table)
 
 
@@ -79,14 +83,14 @@ def prepare(
     source: Annotated[
         str, typer.Argument(metavar="SOURCE", help="hub id, folder, .parquet, .jsonl[.gz], .json or .csv")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="PAIRS.parquet")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="PAIRS.parquet", help="where the pairs go")],
     revision: Annotated[str | None, typer.Option(help="commit of a hub dataset")] = None,
     split: Annotated[str | None, typer.Option(help="split of a folder or hub dataset")] = None,
     files: Annotated[str | None, typer.Option(help="glob that picks files of a folder or hub dataset")] = None,
     filters: Annotated[str, typer.Option(help="reasons to drop a row")] = "duplicate_prompt_id,empty_field",
     as_json: AsJson = False,
 ) -> None:
-    """Load, normalise and filter a preference dataset; print the table of counts."""
+    """Load, normalise, filter and count preference pairs."""
     from sp2dpo.hashing import sha256_path
     from sp2dpo.pairs import prepare as prepare_pairs
     from sp2dpo.pairs import write_prepared
@@ -113,7 +117,7 @@ def _give_counts(manifest: Mapping[str, Any], as_json: bool) -> None:
 
 @app.command(epilog="sp2dpo cost process.yaml --limit 1000")
 def cost(process: ProcessPath, limit: Limit = None, as_json: AsJson = False) -> None:
-    """Calls, tokens and USD before anything is spent (eq. 60)."""
+    """Calls, tokens and USD before anything is spent."""
     from sp2dpo.annotate.estimate import estimate
     from sp2dpo.process import load_process
 
@@ -130,18 +134,18 @@ def annotate(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Ask the panel about every pair; go on where an earlier run stopped."""
-    run = _open(process, run_dir)
-    _prepare(run, as_json=False)
+    """Ask the panel about every pair, or go on with it."""
     if dry_run:
-        from sp2dpo.annotate.estimate import estimate
-
-        give(estimate(run.process, limit), as_json, "would ask at most")
+        cost(process, limit, as_json)
         return
-    _annotate(run, limit, concurrency, reuse, as_json)
+    run = _open(process, run_dir)
+    _prepare(run)
+    missing = _annotate(run, limit, concurrency, reuse, as_json)
+    if missing:
+        raise Unfinished(f"{missing:,} answers are missing; ask for them again with: sp2dpo annotate {process}")
 
 
-def _prepare(run: Run, as_json: bool) -> None:
+def _prepare(run: Run) -> None:
     from sp2dpo.stages import prepare_run
 
     manifest = prepare_run(run)
@@ -150,13 +154,14 @@ def _prepare(run: Run, as_json: bool) -> None:
     say(f"prepare   {counts['raw']:,} rows → {counts['kept']:,} pairs ({dropped or 'none dropped'})  {run.pairs}")
 
 
-def _annotate(run: Run, limit: int | None, concurrency: int, reuse: Path | None, as_json: bool) -> None:
+def _annotate(run: Run, limit: int | None, concurrency: int, reuse: Path | None, as_json: bool) -> int:
+    """Returns how many of the questions have no valid answer."""
     from sp2dpo.annotate.run import annotate as annotate_run
 
     account = annotate_run(run, limit=limit, concurrency=concurrency, reuse=reuse)
     say(
         f"annotate  {account.valid:,} of {account.questions:,} questions answered, "
-        f"{account.attempts:,} calls now  {run.calls}"
+        f"{account.attempts - account.recorded:,} calls made, {account.recorded:,} recorded answers read  {run.calls}"
     )
     if as_json:
         give({"questions": account.questions, "valid": account.valid, "missing": account.missing,
@@ -172,12 +177,13 @@ def _annotate(run: Run, limit: int | None, concurrency: int, reuse: Path | None,
     for name, why in account.stopped.items():
         say(f"          annotator '{name}' was stopped: {why}")
     if account.stopped:
-        raise Unfinished(f"{account.missing:,} answers are missing; ask for them with: sp2dpo annotate PROCESS.yaml")
+        raise Unfinished(f"{account.missing:,} answers are missing; once that is mended, run the same command again")
+    return account.missing
 
 
 @app.command(epilog="sp2dpo schedule process.yaml --json")
 def schedule(process: ProcessPath, run_dir: RunDir = None, as_json: AsJson = False) -> None:
-    """Call log to gaps to β: schedule.parquet, schedule.csv and excluded.csv."""
+    """Call log to gaps to β, as Parquet and CSV."""
     _schedule(_open(process, run_dir), as_json, data=True)
 
 
@@ -198,7 +204,7 @@ def _schedule(run: Run, as_json: bool, *, data: bool = False) -> None:
 
 @app.command(epilog="sp2dpo verify runs/quickstart")
 def verify(run_dir: RunDirPath) -> None:
-    """Recompute every hash, gap and β from the call log; exit 1 on any difference."""
+    """Recompute hashes, gaps and β; exit 1 if they differ."""
     _verify(run_dir, print)
 
 
@@ -211,7 +217,7 @@ def _verify(run_dir: Path, out: Callable[[str], Any]) -> None:
 
 @app.command(epilog="sp2dpo train process.yaml    or    accelerate launch -m sp2dpo.train process.yaml")
 def train(process: ProcessPath, run_dir: RunDir = None, limit: Limit = None, as_json: AsJson = False) -> None:
-    """Train the student with each method of the process, from the schedule in the run directory."""
+    """Train the student with each method of the process."""
     _train(_open(process, run_dir), limit, as_json, data=True)
 
 
@@ -252,9 +258,10 @@ def run(
     concurrency: Concurrency = 8,
     reuse: Reuse = None,
 ) -> None:
-    """Every arrow: prepare, annotate, schedule, verify, train, report. Finished ones are not done again."""
+    """All of these in order; what is done is not repeated."""
     one = _open(process, run_dir)
-    _prepare(one, as_json=False)
+    _check_extras(one)
+    _prepare(one)
     _annotate(one, limit, concurrency, reuse, as_json=False)
     _schedule(one, as_json=False)
     checked: list[str] = []
@@ -267,6 +274,20 @@ def run(
     _report(one.path)
 
 
+def _check_extras(run: Run) -> None:
+    """What the later arrows need, before the first one costs anything."""
+    if find_spec("matplotlib") is None:
+        raise MissingExtra("sp2dpo run ends with a report, which", "report")
+    train = run.process.settings.train
+    if train is not None:
+        for name in ("torch", "trl", "peft", "datasets"):
+            if find_spec(name) is None:
+                raise MissingExtra(f"the process has a section 'train', which (no module '{name}')", "train")
+        from sp2dpo.train.run import check_settings
+
+        check_settings(train)
+
+
 def _version(value: bool) -> None:
     if value:
         print(__version__)
@@ -274,7 +295,11 @@ def _version(value: bool) -> None:
 
 
 @app.callback()
-def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
     pass
 
 

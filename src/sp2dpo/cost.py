@@ -20,9 +20,9 @@ class PricePerMillion(Protocol):
 
 def cost_usd(price: PricePerMillion | None, tokens_in: float | None, tokens_out: float | None) -> float | None:
     """USD for so many tokens; None if the price or the count is unknown."""
-    if price is None or tokens_in is None:
+    if price is None or tokens_in is None or tokens_out is None:
         return None
-    return (tokens_in * price.input + (tokens_out or 0) * price.output) / 1e6
+    return (tokens_in * price.input + tokens_out * price.output) / 1e6
 
 
 def annotation_cost(

@@ -42,17 +42,17 @@ def implicit_margin(chosen_logps: Tensor, rejected_logps: Tensor, ref_chosen: Te
 
 
 def pair_loss(beta: Tensor | float, margin: Tensor) -> Tensor:
-    """−log σ(β_i Δ_i) = log(1 + exp(−β_i Δ_i)) of each pair, (B,).
+    """−log σ(β_i Δ_i) of each pair, (B,).
 
-    Eq. 6, 54.
+    Eq. 6.
     """
     return -F.logsigmoid(beta * margin)
 
 
 def dpo_loss(beta: float, margin: Tensor) -> Tensor:
-    """Standard DPO: one β for all pairs, mean over the batch, a scalar.
+    """Standard DPO: one β for all pairs, mean over the batch of −log σ(βΔ) = log(1 + exp(−βΔ)), a scalar.
 
-    Eq. 4, 53.
+    Eq. 4, 53, 54.
     """
     return pair_loss(beta, margin).mean()
 
@@ -94,7 +94,7 @@ def matching_weight(beta: Tensor, beta_bar: float, margin: Tensor) -> Tensor:
 
     Eq. 12.
     """
-    return gradient_coefficient(beta, margin) / gradient_coefficient(beta_bar, margin)
+    return beta / beta_bar * torch.exp(F.logsigmoid(-beta * margin) - F.logsigmoid(-beta_bar * margin))
 
 
 def gradient_slope(beta: Tensor | float, margin: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def gradient_slope(beta: Tensor | float, margin: Tensor) -> Tensor:
     Eq. 55.
     """
     z = beta * margin
-    return -(torch.as_tensor(beta) ** 2) * torch.sigmoid(z) * torch.sigmoid(-z)
+    return -(beta**2) * torch.sigmoid(z) * torch.sigmoid(-z)
 
 
 def gradient_curvature(beta: Tensor | float, margin: Tensor) -> Tensor:
@@ -115,4 +115,4 @@ def gradient_curvature(beta: Tensor | float, margin: Tensor) -> Tensor:
     """
     z = beta * margin
     s = torch.sigmoid(z)
-    return -(torch.as_tensor(beta) ** 3) * s * (1 - s) * (1 - 2 * s)
+    return -(beta**3) * s * (1 - s) * (1 - 2 * s)

@@ -59,30 +59,32 @@ class DataSettings(_Settings):
 class Price(_Settings):
     """USD per million tokens, and when that was the price."""
 
-    input: float = Field(ge=0)
-    output: float = Field(ge=0)
-    as_of: datetime.date
+    input: float = Field(ge=0, description="USD per million input tokens")
+    output: float = Field(ge=0, description="USD per million output tokens")
+    as_of: datetime.date = Field(description="day of that price")
 
 
 class Endpoint(_Settings):
     """A model behind an OpenAI-compatible endpoint."""
 
-    name: Name
+    name: Name = Field(description="how reports call it")
     model: str = Field(description="identifier sent to the endpoint; a dated snapshot where there is one")
     base_url: str = Field(description="https://…/v1")
     api_key_env: str | None = Field(None, description="the variable that holds the key, never the key")
-    price: Price | None = None
+    price: Price | None = Field(None, description="without it, cost is unknown")
 
 
 class Annotator(_Settings):
     """A teacher: an endpoint (`chat_json`), or answers that are already there (`recorded`)."""
 
-    name: Name
-    kind: Literal["chat_json", "recorded"] = "chat_json"
+    name: Name = Field(description="part of column names")
+    kind: Literal["chat_json", "recorded"] = Field(
+        "chat_json", description="asked over the network, or answers that are already there"
+    )
     model: str = Field(description="identifier sent to the endpoint; a dated snapshot where there is one")
     base_url: str | None = Field(None, description="https://…/v1; required for chat_json")
     api_key_env: str | None = Field(None, description="the variable that holds the key, never the key")
-    price: Price | None = None
+    price: Price | None = Field(None, description="without it, cost is unknown")
     response_format: Literal["none", "json_object", "json_schema"] = Field(
         "none", description="how the endpoint is asked to enforce JSON"
     )
@@ -103,19 +105,19 @@ class Annotator(_Settings):
 
 
 class Decoding(_Settings):
-    """The 14 settings of Table 6. `top_k: null` and `stop: null` are never sent."""
+    """The settings of Table 6, the same for all annotators. What is null, or off, is not sent."""
 
-    temperature: float = Field(0.1, ge=0)
-    top_p: float = Field(0.8, gt=0, le=1)
-    top_k: int | None = None
-    max_tokens: int = Field(64, ge=1)
+    temperature: float = Field(0.1, ge=0, description="of sampling")
+    top_p: float = Field(0.8, gt=0, le=1, description="nucleus sampling")
+    top_k: int | None = Field(None, description="null: not sent")
+    max_tokens: int = Field(64, ge=1, description="output cap; a reasoning model spends it on hidden tokens too")
     max_output_tokens: int | None = Field(None, description="the same cap where an endpoint names it so")
-    seed: int | None = 42
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    n: Literal[1] = 1
-    stop: tuple[str, ...] | None = None
+    seed: int | None = Field(42, description="best effort, where the endpoint takes one")
+    frequency_penalty: float = Field(0.0, description="0: off")
+    presence_penalty: float = Field(0.0, description="0: off")
+    repetition_penalty: float = Field(1.0, description="1: off, and then not sent")
+    n: Literal[1] = Field(1, description="one answer a call")
+    stop: tuple[str, ...] | None = Field(None, description="null: not sent")
     timeout: float = Field(180, gt=0, description="seconds")
     retry_attempts: int = Field(3, ge=0, description="after the first attempt")
     retry_delay_base: float = Field(5, ge=0, description="seconds; doubled at every retry, with jitter")
@@ -125,9 +127,9 @@ class Panel(_Settings):
     """Annotators × prompt variants."""
 
     prompts: str = Field("builtin", description="the built-in pack, or a folder with v1.txt v2.txt v3.txt user.txt")
-    variants: tuple[Name, ...] = Field(("v1", "v2", "v3"), min_length=1)
-    annotators: tuple[Annotator, ...] = Field(min_length=1)
-    decoding: Decoding = Decoding()
+    variants: tuple[Name, ...] = Field(("v1", "v2", "v3"), min_length=1, description="one file of the pack each")
+    annotators: tuple[Annotator, ...] = Field(min_length=1, description="the teachers")
+    decoding: Decoding = Field(Decoding(), description="sampling and retries")
 
     @model_validator(mode="after")
     def _names_differ(self) -> Panel:
@@ -135,17 +137,29 @@ class Panel(_Settings):
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
                 raise ValueError(f"two {what} have the same name: {', '.join(twice)}")
+        if "user" in self.variants:
+            raise ValueError("a variant cannot be called 'user': user.txt is the template of the user message")
+        columns = [f"beta_{name}_{v}" for name in ("annotators_mean", *names_of(self)) for v in (*self.variants, "ens")]
+        columns += [f"beta_{name}_ens_tie_break" for name in names_of(self)]
+        same = sorted({column for column in columns if columns.count(column) > 1})
+        if same:
+            raise ValueError(f"names of annotators and variants collide in the column '{same[0]}'; rename one of them")
         return self
+
+
+def names_of(panel: Panel) -> list[str]:
+    """Names of the annotators, in order."""
+    return [annotator.name for annotator in panel.annotators]
 
 
 class Schedule(_Settings):
     """How judgements become β."""
 
-    method: Literal["sp2dpo"] = "sp2dpo"
-    over_prompts: Literal["median"] = "median"
-    over_annotators: Literal["mean"] = "mean"
-    beta_min: float = Field(BETA_MIN, gt=0)
-    beta_max: float = BETA_MAX
+    method: Literal["sp2dpo"] = Field("sp2dpo", description="how β is made")
+    over_prompts: Literal["median"] = Field("median", description="eq. 16")
+    over_annotators: Literal["mean"] = Field("mean", description="eq. 17")
+    beta_min: float = Field(BETA_MIN, gt=0, description="β of a gap of 0")
+    beta_max: float = Field(BETA_MAX, description="β of a gap of 1")
     random_seed: int = Field(42, description="of the Rand-β control")
 
     @model_validator(mode="after")
@@ -166,7 +180,9 @@ class Train(BaseModel):
     """`methods`, `beta`, `max_prompt_length`, and any key of `trl.DPOConfig` or `peft.LoraConfig` by its own name."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
-    methods: tuple[Literal["dpo", "rand_beta", "sp2dpo"], ...] = ("sp2dpo",)
+    methods: tuple[Literal["dpo", "rand_beta", "sp2dpo"], ...] = Field(
+        ("sp2dpo",), min_length=1, description="trained one after the other from the same schedule"
+    )
     beta: float = Field(0.1, gt=0, description="the one β of plain DPO, method `dpo`")
     max_prompt_length: int | None = Field(None, ge=1, description="a longer prompt keeps its last tokens")
 
@@ -191,7 +207,7 @@ class Train(BaseModel):
 class Evaluate(_Settings):
     """Benchmarks and their judge, which must not be one of the annotators."""
 
-    judge: Endpoint | None = None
+    judge: Endpoint | None = Field(None, description="the LLM that scores")
 
 
 class Report(_Settings):
@@ -205,14 +221,14 @@ class Report(_Settings):
 class ProcessFile(_Settings):
     """λ: every decision that shapes the artifact and the training run."""
 
-    name: Name
-    data: DataSettings
-    panel: Panel
-    schedule: Schedule = Schedule()
-    student: Student | None = None
-    train: Train | None = None
-    evaluate: Evaluate = Evaluate()
-    report: Report = Report()
+    name: Name = Field(description="names the run directory, runs/<name>")
+    data: DataSettings = Field(description="the preference pairs")
+    panel: Panel = Field(description="who is asked, and how")
+    schedule: Schedule = Field(Schedule(), description="how judgements become β")
+    student: Student | None = Field(None, description="the model to train; goes with train")
+    train: Train | None = Field(None, description="how it is trained; goes with student")
+    evaluate: Evaluate = Field(Evaluate(), description="benchmarks and their judge")
+    report: Report = Field(Report(), description="what the report shows beyond the run")
 
     @model_validator(mode="after")
     def _judge_is_no_annotator(self) -> ProcessFile:
@@ -320,11 +336,15 @@ def _validated(raw: dict[str, Any], where: str) -> ProcessFile:
     try:
         return ProcessFile.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain(dict(problem), raw) for problem in error.errors()]
+        problems: list[dict[str, Any]] = [dict(problem) for problem in error.errors()]
+        deepest = [
+            p for p in problems if not any(p["loc"] == q["loc"][: len(p["loc"])] for q in problems if q is not p)
+        ]
+        lines = [_explain(problem) for problem in deepest or problems]
         raise ProcessError(f"{where}: " + "; ".join(lines)) from error
 
 
-def _explain(problem: dict[str, Any], raw: dict[str, Any]) -> str:
+def _explain(problem: dict[str, Any]) -> str:
     """One pydantic error as `key: what is wrong`, with the nearest known key for an unknown one."""
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":

@@ -31,7 +31,7 @@ MENDS: Final = {
 INVALID: Final = {
     "empty": "no text",
     "no_object": "no JSON object with the three keys",
-    "several_objects": "more than one object, or braces outside it",
+    "several_objects": "more than one object, or braces or keys of one outside it or inside a value",
     "missing_key": "one of the three keys is absent",
     "duplicate_key": "a key is given twice",
     "unknown_category": "a category that is neither one of the six nor an alias",
@@ -39,9 +39,11 @@ INVALID: Final = {
     "out_of_range": "magnitude or confidence lies outside [0, 1]",
 }
 
-_FENCE = re.compile(r"\A\s*```[A-Za-z0-9_-]*[ \t]*\r?\n?(.*?)\r?\n?\s*```\s*\Z", re.DOTALL)
+_WHITE: Final = " \t\r\n"
 _STRING_OR_COMMA = re.compile(r'"(?:[^"\\]|\\.)*"|,(?=\s*[}\]])', re.DOTALL)
-_NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?")
+_KEY_GIVEN = re.compile(rf"(?:{'|'.join(KEYS)})[\"'`]?\s*[:=]")
+_FENCE_BEFORE = re.compile(r"```[A-Za-z0-9_-]*\Z")
+_NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,29 +87,38 @@ def parse_reply(text: str | None) -> Parsed:
 def _only_object(text: str, reading: _Reading) -> dict[str, Any]:
     if not text.strip():
         raise _InvalidReply("empty")
-    fenced = _FENCE.match(text)
-    if fenced:
-        reading.mend("code_fence")
-        text = fenced.group(1)
     start = text.find("{")
     if start < 0:
         raise _InvalidReply("no_object")
     value, end = _decode(text, start, reading)
     before, after = text[:start].strip(), text[end:].strip()
-    if before.endswith("[") and after.startswith("]"):
-        reading.mend("array_of_one")
-        before, after = before[:-1].strip(), after[1:].strip()
-    if any(mark in before + after for mark in "{}"):
+    before, after = _out_of_array(before, after, reading)
+    if any(mark in before + after for mark in "{}") or _KEY_GIVEN.search(before + "\n" + after):
         raise _InvalidReply("several_objects")
     if before.endswith(("[", ",")) or after.startswith((",", "]")):
         raise _InvalidReply("no_object")
+    before, after = _out_of_fence(before, after, reading)
     if before or after:
-        reading.mend("code_fence" if _only_fences(before, after) else "prose")
+        reading.mend("prose")
     return value
 
 
-def _only_fences(before: str, after: str) -> bool:
-    return bool(re.fullmatch(r"```[A-Za-z0-9_-]*", before)) and after == "```"
+def _out_of_array(before: str, after: str, reading: _Reading) -> tuple[str, str]:
+    closing = re.match(r"(,?)\s*\]", after)
+    if not (before.endswith("[") and closing):
+        return before, after
+    reading.mend("array_of_one")
+    if closing.group(1):
+        reading.mend("trailing_comma")
+    return before[:-1].strip(), after[closing.end() :].strip()
+
+
+def _out_of_fence(before: str, after: str, reading: _Reading) -> tuple[str, str]:
+    opening = _FENCE_BEFORE.search(before)
+    if not (opening and after.startswith("```")):
+        return before, after
+    reading.mend("code_fence")
+    return before[: opening.start()].strip(), after[3:].strip()
 
 
 def _decode(text: str, start: int, reading: _Reading) -> tuple[dict[str, Any], int]:
@@ -141,13 +152,22 @@ def _gap(value: dict[str, Any], reading: _Reading) -> SemanticGap:
     if not all(key in value for key in KEYS):
         raise _InvalidReply("missing_key")
     if len(value) > len(KEYS):
+        if any(_holds_keys(extra) for key, extra in value.items() if key not in KEYS):
+            raise _InvalidReply("several_objects")
         reading.mend("extra_keys")
     category, magnitude, confidence = (value[key] for key in KEYS)
     return SemanticGap(_category(category, reading), _number(magnitude, reading), _number(confidence, reading))
 
 
+def _holds_keys(value: Any) -> bool:
+    """Whether a key of an answer occurs somewhere below `value`: a second judgement inside the first."""
+    if isinstance(value, list):
+        return any(_holds_keys(item) for item in value)
+    return isinstance(value, dict) and any(key in KEYS or _holds_keys(item) for key, item in value.items())
+
+
 def _category(name: Any, reading: _Reading) -> str:
-    known = category_of(name) if isinstance(name, str) else None
+    known = category_of(name) if isinstance(name, str) and name.isascii() else None
     if known is None:
         raise _InvalidReply("unknown_category")
     if name not in CATEGORIES:
@@ -156,9 +176,9 @@ def _category(name: Any, reading: _Reading) -> str:
 
 
 def _number(value: Any, reading: _Reading) -> float:
-    if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
+    if isinstance(value, str) and _NUMBER.fullmatch(value.strip(_WHITE)):
         reading.mend("numeric_string")
-        value = value.strip()
+        value = value.strip(_WHITE)
     elif isinstance(value, (bool, str)) or not isinstance(value, (int, float)):
         raise _InvalidReply("not_a_number")
     try:

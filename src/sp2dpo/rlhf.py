@@ -48,7 +48,8 @@ def optimal_policy(reference: ArrayLike, reward: ArrayLike, beta: float) -> Arra
 
     Eq. 46.
     """
-    return _a(reference) * np.exp(_a(reward) / beta) / partition(reference, reward, beta)
+    tilt = (_a(reward) - np.max(_a(reward))) / beta  # a constant of the prompt cancels, and keeps exp finite
+    return _a(reference) * np.exp(tilt) / (_a(reference) @ np.exp(tilt))
 
 
 def implied_reward(policy: ArrayLike, reference: ArrayLike, beta: float, z: float = 1.0) -> Array:
@@ -65,7 +66,7 @@ def bradley_terry(reward_w: ArrayLike, reward_l: ArrayLike) -> Array:
 
     Eq. 49.
     """
-    preferred: Array = 1.0 / (1.0 + np.exp(-(_a(reward_w) - _a(reward_l))))
+    preferred: Array = np.exp(-np.logaddexp(0.0, _a(reward_l) - _a(reward_w)))
     return preferred
 
 

@@ -16,7 +16,7 @@ __all__ = ["CATEGORIES", "CATEGORY_ALIASES", "CATEGORY_MEANING", "SemanticGap", 
 CATEGORIES: Final = ("Safety", "Factuality", "Instruction", "Reasoning", "Helpfulness", "Style")
 """The category set; its order is the priority.
 
-Eq. 14, 21, 24.
+Eq. 14, 24.
 """
 
 CATEGORY_MEANING: Final = {
@@ -66,7 +66,8 @@ def priority(category: str) -> int:
         InputError: not one of the six names.
     """
     if category not in CATEGORIES:
-        raise InputError(f"'{category}' is not a category{nearest(category, CATEGORIES)}; they are {CATEGORIES}")
+        near = nearest(str(category), CATEGORIES)
+        raise InputError(f"{category!r} is not a category{near}; they are {', '.join(CATEGORIES)}")
     return CATEGORIES.index(category)
 
 
@@ -81,7 +82,7 @@ def category_of(name: str) -> str | None:
 class SemanticGap:
     """One annotator's judgement of one pair: dominant category, magnitude and confidence, both in [0, 1].
 
-    Eq. 13, 19, 20, 22, 23.
+    Eq. 13, 19, 20, 21, 22, 23.
 
     Raises:
         InputError: an unknown category, or a number outside [0, 1] or not finite.

@@ -34,7 +34,7 @@ _PER_CALL = ("category", "magnitude", "confidence", "effective_gap", "beta")
 
 
 def columns_of(annotators: Sequence[str], variants: Sequence[str]) -> dict[str, str]:
-    """Every column of the schedule in order, with what it is; 64 before the diagnostics for J = K = 3."""
+    """Every column of the schedule in order, with what it is; the paper's are 64 for J = K = 3."""
     text = {"prompt_id": "the source's id of the pair", "pair_id": "sha256 of prompt, chosen and rejected"}
     text["prompt_variant_count"] = "K"
     meaning = {
@@ -149,7 +149,8 @@ def excluded_table(
     """Every row of the source that is not in the schedule: dropped by `prepare`, or without a full set of answers."""
     rows = [{"stage": "prepare", "detail": None, **row} for row in dropped.to_pylist()]
     done = set(scheduled)
-    for pair in pairs.select(["pair_id", "prompt_id", "source_row"]).to_pylist():
+    known = [name for name in ("pair_id", "prompt_id", "source_row") if name in pairs.column_names]
+    for pair in pairs.select(known).to_pylist():
         if pair["pair_id"] not in done:
             cells = [(pair["pair_id"], a, v) for a in annotators for v in variants]
             missing = [cell for cell in cells if cell not in answered]

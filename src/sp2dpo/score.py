@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from sp2dpo.errors import InputError
@@ -36,6 +37,6 @@ def best_process(metric: Mapping[str, float]) -> str:
 
     Eq. 2.
     """
-    if not metric:
-        raise InputError("best_process needs at least one process")
+    if not metric or any(math.isnan(value) for value in metric.values()):
+        raise InputError(f"best_process needs at least one process and a number for each, not {dict(metric)}")
     return max(metric, key=lambda name: metric[name])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -17,11 +18,20 @@ from sp2dpo.errors import RunDirError
 from sp2dpo.gaps import gaps_table
 from sp2dpo.hashing import sha256_file
 from sp2dpo.pairs import prepare, read_pairs, write_prepared
+from sp2dpo.pairs.store import DROPPED_SCHEMA, dropped_path
 from sp2dpo.runs import Run
-from sp2dpo.schedule import excluded_table, schedule_table
+from sp2dpo.schedule import EXCLUDED_SCHEMA, excluded_table, schedule_table
 from sp2dpo.tables import is_current, read_manifest, read_table, write_csv, write_manifest, write_table
 
-__all__ = ["Scheduled", "build_schedule", "prepare_run", "read_dropped", "schedule_run"]
+__all__ = [
+    "Scheduled",
+    "build_schedule",
+    "prepare_run",
+    "read_dropped",
+    "read_excluded",
+    "read_schedule",
+    "schedule_run",
+]
 
 
 def prepare_run(run: Run) -> Mapping[str, Any]:
@@ -37,10 +47,23 @@ def prepare_run(run: Run) -> Mapping[str, Any]:
 
 def read_dropped(run: Run) -> pa.Table:
     """Rows that `prepare` dropped."""
-    path = run.path / "pairs.dropped.csv"
+    return _read_csv(dropped_path(run.pairs), DROPPED_SCHEMA, "sp2dpo annotate PROCESS.yaml")
+
+
+def read_schedule(run: Run) -> pa.Table:
+    """The schedule of a run."""
+    return read_table(run.schedule, "sp2dpo schedule PROCESS.yaml")
+
+
+def read_excluded(run: Run) -> pa.Table:
+    """Rows of the source that are not in the schedule."""
+    return _read_csv(run.excluded, EXCLUDED_SCHEMA, "sp2dpo schedule PROCESS.yaml")
+
+
+def _read_csv(path: Path, schema: pa.Schema, made_by: str) -> pa.Table:
     if not path.is_file():
-        raise RunDirError(f"{path} is missing; make it with: sp2dpo prepare")
-    types = {"source_row": pa.int64(), "prompt_id": pa.string(), "pair_id": pa.string(), "reason": pa.string()}
+        raise RunDirError(f"{path} is missing; make it with: {made_by}")
+    types = dict(zip(schema.names, schema.types, strict=True))
     return pa.csv.read_csv(path, convert_options=pa.csv.ConvertOptions(column_types=types, strings_can_be_null=True))
 
 
@@ -58,7 +81,7 @@ def build_schedule(run: Run) -> Scheduled:
     """Call log → gaps → schedule and excluded, in memory; writes nothing."""
     settings = run.process.settings
     annotators, variants = [a.name for a in settings.panel.annotators], settings.panel.variants
-    pairs = read_pairs(run.pairs, "sp2dpo prepare")
+    pairs = read_pairs(run.pairs, "sp2dpo annotate PROCESS.yaml")
     with open_calls(run.calls) as log:
         answers, failures, content = log.answers(), log.failures(), log.content_hash()
     gaps = gaps_table(answers.values())
@@ -93,7 +116,3 @@ def schedule_run(run: Run) -> Scheduled:
         counts={"scheduled": made.schedule.num_rows, "excluded": made.excluded.num_rows},
     )
     return made
-
-
-def read_schedule(run: Run) -> pa.Table:
-    return read_table(run.schedule, "sp2dpo schedule PROCESS.yaml")

@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
@@ -14,7 +15,7 @@ import pyarrow.csv
 from sp2dpo.annotate.plan import request_hash
 from sp2dpo.annotate.prompts import render
 from sp2dpo.calls import Call, open_calls
-from sp2dpo.errors import Unfinished
+from sp2dpo.errors import InputError, RunDirError, Unfinished
 from sp2dpo.hashing import sha256_file
 from sp2dpo.llm import FAILURES
 from sp2dpo.pairs import pair_id, read_pairs
@@ -30,9 +31,18 @@ def verify(run_dir: Path) -> Iterator[str]:
     """Yield one line for each thing that was recomputed and found equal.
 
     Raises:
-        Unfinished: the first difference, with the file, row and column.
-        Sp2dpoError: a file is missing or unreadable.
+        Unfinished: the first difference, with the file, row and column; or a file is missing or unreadable.
+        RunDirError: not a run directory.
     """
+    if not (run_dir / "process.yaml").is_file():
+        raise RunDirError(f"{run_dir} is no run directory: it has no process.yaml")
+    try:
+        yield from _checks(run_dir)
+    except InputError as error:
+        raise Unfinished(str(error)) from error
+
+
+def _checks(run_dir: Path) -> Iterator[str]:
     run = read_run(run_dir)
     yield f"process   λ {run.process.lambda_hash}"
     for name, sha in run.process.resolved["pins"]["prompts"].items():
@@ -51,7 +61,7 @@ def _same(where: str, what: str, found: object, expected: object) -> None:
 def _manifests(run: Run) -> str:
     """Each manifest names this λ, the files as they are, and inputs as they are."""
     with open_calls(run.calls) as log:
-        now = {run.calls.name: log.content_hash()}
+        now = {run.calls.name: log.content_hash(), "source": run.process.resolved["pins"]["data"]}
     files = 0
     for artifact in (run.pairs, run.gaps, run.schedule):
         manifest = read_manifest(artifact)
@@ -64,15 +74,14 @@ def _manifests(run: Run) -> str:
             _same(f"{artifact.stem}.manifest.json", f"hash of {name}", sha, now[name])
             files += 1
         for name, sha in manifest["inputs"].items():
-            if name != "source":
-                _same(f"{artifact.stem}.manifest.json", f"hash of its input {name}", sha, now[name])
+            _same(f"{artifact.stem}.manifest.json", f"hash of its input {name}", sha, now.get(name, "missing"))
     calls = read_manifest(run.calls)
     _same("calls.manifest.json", "content hash", calls and calls["content"], now[run.calls.name])
     return f"manifests {files} files and their inputs"
 
 
 def _pairs(run: Run) -> str:
-    pairs = read_pairs(run.pairs, "sp2dpo prepare")
+    pairs = read_pairs(run.pairs, "sp2dpo annotate PROCESS.yaml")
     for n, row in enumerate(pairs.select(["pair_id", "prompt", "chosen", "rejected"]).to_pylist()):
         made = pair_id(row["prompt"], row["chosen"], row["rejected"])
         _same(f"pairs.parquet, row {n}", "pair_id", row["pair_id"], made)
@@ -84,19 +93,28 @@ def _pairs(run: Run) -> str:
 
 def _calls(run: Run) -> str:
     """Each logged call was the question that λ and the pair make, and reads as the log says."""
-    pairs = {row["pair_id"]: row for row in read_pairs(run.pairs, "sp2dpo prepare").to_pylist()}
+    pairs = {row["pair_id"]: row for row in read_pairs(run.pairs, "sp2dpo annotate PROCESS.yaml").to_pylist()}
     count = 0
     with open_calls(run.calls) as log:
         for count, call in enumerate(log, 1):
             where = f"calls.sqlite, row {count} ({call.annotator}/{call.variant}, pair {call.pair_id[:12]})"
             if call.pair_id not in pairs:
                 raise Unfinished(f"{where}: this pair is not in pairs.parquet")
+            if call.variant not in run.process.pack.systems:
+                raise Unfinished(f"{where}: the panel of λ has no such variant")
             pair = pairs[call.pair_id]
             messages = render(run.process.pack, call.variant, pair["prompt"], pair["chosen"], pair["rejected"])
-            asked = request_hash(call.endpoint, call.requested_model, messages, json.loads(call.params_sent))
+            asked = request_hash(call.endpoint, call.requested_model, messages, _sent(where, call))
             _same(where, "request_hash", call.request_hash, asked)
             _reads_as_logged(where, call)
     return f"calls     {count} attempts: questions rendered again, answers read again"
+
+
+def _sent(where: str, call: Call) -> dict[str, Any]:
+    try:
+        return dict(json.loads(call.params_sent))
+    except (ValueError, TypeError) as error:
+        raise Unfinished(f"{where}: params_sent is no JSON object") from error
 
 
 def _reads_as_logged(where: str, call: Call) -> None:

@@ -53,8 +53,12 @@ def load_pack(folder: Path | None, variants: Iterable[str]) -> PromptPack:
     """Read a pack from a folder, or the built-in one.
 
     Raises:
-        ProcessError: a file is missing or empty, or user.txt lacks the place of one of the three texts.
+        ProcessError: a file is missing or empty, a variant is called `user`, or user.txt lacks the place of one of the
+            three texts.
     """
+    variants = tuple(variants)
+    if "user" in variants:
+        raise ProcessError("panel.variants: 'user' is the template of the user message; give the variant another name")
     where: Path | Traversable = folder if folder is not None else resources.files("sp2dpo").joinpath("packs/builtin")
     pack = PromptPack({variant: _read(where, variant) for variant in variants}, _read(where, "user"))
     markers = {_MARKERS[name] for name in _MARKER.findall(pack.user)}

@@ -43,6 +43,7 @@ class Account:
     valid: int = 0
     attempts: int = 0
     reused: int = 0
+    recorded: int = 0
     outcomes: Counter[str] = field(default_factory=Counter)
     mends: Counter[str] = field(default_factory=Counter)
     cost_usd: float = 0.0
@@ -69,7 +70,7 @@ def annotate(
         ProcessError: a key or a recording is missing; before anything is asked.
     """
     settings = run.process.settings
-    pairs = read_pairs(run.pairs, "sp2dpo prepare").slice(0, limit).to_pylist()
+    pairs = read_pairs(run.pairs, "sp2dpo annotate PROCESS.yaml").slice(0, limit).to_pylist()
     engines = [_Engine(run, annotator, http_client) for annotator in settings.panel.annotators]
     names = [annotator.name for annotator in settings.panel.annotators]
     wanted = {(pair["pair_id"], name, v) for pair in pairs for name in names for v in settings.panel.variants}
@@ -234,7 +235,9 @@ def _as_recorded(call: Call, question: Question, row: Mapping[str, Any]) -> Call
         row["endpoint"], row["requested_model"], question.request.messages, json.loads(row["params_sent"])
     )
     if asked != row["request_hash"]:
-        return replace(call, outcome="other_question", category=None, magnitude=None, confidence=None, raw_text=None)
+        return replace(
+            call, outcome="other_question", mends="[]", category=None, magnitude=None, confidence=None, raw_text=None
+        )
     return replace(Call(**row), attempt=call.attempt, origin="recorded", annotator=call.annotator)
 
 
@@ -242,11 +245,11 @@ def _take_over(log: CallLog, path: Path, questions: Iterable[Question], engines:
     """Copy valid answers to the same questions from another log."""
     by_name = {engine.annotator.name: engine for engine in engines}
     with open_calls(path) as other:
-        known = {call.request_hash: call for call in other.answers().values()}
+        known = {(cell, call.request_hash): call for cell, call in other.answers().items()}
     taken = 0
     for question in questions:
-        call = known.get(by_name[question.annotator].question_hash(question))
-        if call is not None and call.cell == question.cell:
+        call = known.get((question.cell, by_name[question.annotator].question_hash(question)))
+        if call is not None:
             log.append(replace(call, origin="reused", attempt=question.asked + 1))
             taken += 1
     return taken
@@ -256,6 +259,8 @@ def _count(account: Account, engine: _Engine, call: Call) -> None:
     account.attempts += 1
     account.outcomes[call.outcome] += 1
     account.mends.update(json.loads(call.mends))
+    if call.origin == "recorded":
+        account.recorded += 1
     if call.origin == "live":
         account.cost_usd += call.cost_usd or 0.0
         if call.served_model and call.served_model != call.requested_model:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-__all__ = ["FAILURES", "Answerer", "Reply", "Request"]
+__all__ = ["FAILURES", "Answerer", "Reply", "Request", "storable"]
 
 FAILURES = {
     "rate_limited": "429: too many requests, or the quota is used up",
@@ -48,6 +48,11 @@ class Reply:
     system_fingerprint: str | None = None
     retry_after: float | None = None
     params_sent: Mapping[str, Any] = field(default_factory=dict)
+
+
+def storable(text: str) -> str:
+    """`text` as a file can hold it: half of a surrogate pair is written as its escape."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 class Answerer(Protocol):

@@ -5,12 +5,13 @@ No exception of the client leaves this module, because they carry the request's 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from typing import Any, Final
 
 from sp2dpo.errors import ProcessError
-from sp2dpo.llm import Reply, Request
+from sp2dpo.llm import Reply, Request, storable
 from sp2dpo.process import Annotator, Decoding
 from sp2dpo.reply import KEYS
 from sp2dpo.rubric import CATEGORIES
@@ -33,6 +34,9 @@ GAP_SCHEMA: Final = {
 
 _NEUTRAL: Final = {"repetition_penalty": 1.0}
 """Table 6 settings that are not part of the protocol and are sent only if they do something."""
+
+_SHORTEST_KEY: Final = 8
+"""A shorter one ("none", "EMPTY", "0") is no secret, and blacking it out would alter answers."""
 
 _CLIENT_SIDE: Final = ("timeout", "retry_attempts", "retry_delay_base")
 
@@ -61,17 +65,19 @@ def _key(annotator: Annotator) -> str:
     """The key, from the environment.
 
     Raises:
-        ProcessError: the variable is not set.
+        ProcessError: the variable is not set, or holds what no header can carry.
     """
     if annotator.api_key_env is None:
         return "none"
-    key = os.environ.get(annotator.api_key_env, "")
-    if not key.strip():
+    key = os.environ.get(annotator.api_key_env, "").strip()
+    if not key:
         raise ProcessError(
             f"annotator '{annotator.name}' reads its key from {annotator.api_key_env}, which is not set: "
             f"export {annotator.api_key_env}=…"
         )
-    return key.strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ProcessError(f"{annotator.api_key_env} holds characters that no key has: set it again, on one line")
+    return key
 
 
 class OpenAIChat:
@@ -108,6 +114,8 @@ class OpenAIChat:
             return self._failed(
                 "connection", self._clean(f"{type(error.__cause__ or error).__name__}: {error.message}")
             )
+        except (ValueError, RecursionError) as error:  # a body that calls itself JSON and is not
+            return self._failed("bad_response", self._clean(f"{type(error).__name__}: {error}"), http_status=200)
         return self._completion(raw)
 
     async def close(self) -> None:
@@ -125,26 +133,30 @@ class OpenAIChat:
         """Read a chat completion without trusting its shape."""
         choice = _first(_get(raw, "choices"))
         message = _get(choice, "message")
-        if not isinstance(message, Mapping):
+        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str | None):
             return self._failed("bad_response", self._clean(str(raw)), http_status=200)
-        text, finish, refusal = (message.get("content"), _text(_get(choice, "finish_reason")), message.get("refusal"))
+        finish, refusal = self._text(_get(choice, "finish_reason")), message.get("refusal")
         failure = {"length": "truncated", "content_filter": "filtered"}.get(finish or "")
         usage = _get(raw, "usage")
         return Reply(
-            raw_text=text if isinstance(text, str) else None,
+            raw_text=self._text(message.get("content")),
             failure="refused" if refusal else failure,
             error=self._clean(str(refusal))[:2000] if refusal else None,
             http_status=200,
             finish_reason=finish,
-            served_model=_text(_get(raw, "model")),
+            served_model=self._text(_get(raw, "model")),
             prompt_tokens=_count(_get(usage, "prompt_tokens")),
             completion_tokens=_count(_get(usage, "completion_tokens")),
-            system_fingerprint=_text(_get(raw, "system_fingerprint")),
+            system_fingerprint=self._text(_get(raw, "system_fingerprint")),
             params_sent=self._sent,
         )
 
     def _clean(self, text: str) -> str:
-        return text if self._key == "none" else text.replace(self._key, "[key]")
+        """`text` as it may be kept: without the key, wherever the other side repeats it."""
+        return storable(text if len(self._key) < _SHORTEST_KEY else text.replace(self._key, "[key]"))
+
+    def _text(self, value: Any) -> str | None:
+        return self._clean(value) if isinstance(value, str) else None
 
 
 def _get(value: Any, key: str) -> Any:
@@ -155,17 +167,15 @@ def _first(value: Any) -> Any:
     return value[0] if isinstance(value, list) and value else None
 
 
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
-
-
 def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    """A number of tokens, or None for what is none or more than a database can hold."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63 else None
 
 
 def _seconds(header: str | None) -> float | None:
     """`retry-after` as seconds, where it is a number."""
     try:
-        return max(0.0, float(header)) if header else None
+        seconds = float(header or "")
     except ValueError:
         return None
+    return seconds if math.isfinite(seconds) and seconds >= 0 else None

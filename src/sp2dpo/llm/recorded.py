@@ -15,6 +15,7 @@ from typing import Any
 
 from sp2dpo.calls import open_calls
 from sp2dpo.errors import ProcessError
+from sp2dpo.llm import storable
 
 __all__ = ["Recording", "read_recording"]
 
@@ -22,6 +23,7 @@ Recording = Mapping[tuple[str, str], Mapping[str, Any]]
 """(pair_id, variant) → fields of a call."""
 
 _REQUIRED = ("pair_id", "variant", "raw_text")
+_OPTIONAL = ("annotator", "served_model", "finish_reason", "system_fingerprint")
 
 
 def read_recording(path: Path, annotator: str) -> Recording:
@@ -56,11 +58,12 @@ def _from_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ProcessError(f"{path}, line {number}: not JSON ({error})") from error
             missing = [key for key in _REQUIRED if not isinstance(row, dict) or not isinstance(row.get(key), str)]
             if missing:
                 raise ProcessError(
                     f"{path}, line {number}: an answer needs the texts {', '.join(_REQUIRED)}; no {missing[0]}"
                 )
-            yield row
+            texts = {key: row[key] for key in (*_REQUIRED, *_OPTIONAL) if isinstance(row.get(key), str)}
+            yield {key: storable(text) for key, text in texts.items()}

@@ -13,11 +13,16 @@ import pyarrow as pa
 
 from sp2dpo.errors import ScheduleError, nearest
 from sp2dpo.pairs import pair_id
+from sp2dpo.tables import schema_of
 
-__all__ = ["METHODS", "check_beta", "training_table"]
+__all__ = ["MARGINS_SCHEMA", "METHODS", "check_beta", "check_cover", "training_table"]
 
 METHODS: Final = {"dpo": None, "rand_beta": "beta_random", "sp2dpo": "beta"}
 """Method → the column of the schedule that is its β; None: one β for all, `train.beta`."""
+
+
+MARGINS_SCHEMA: Final = schema_of(step=pa.int64(), row=pa.int64(), margin=pa.float32())
+"""`margins.parquet`: the implicit margin Δ, in nats and without β, of a row of the schedule at a training step."""
 
 
 def training_table(
@@ -44,6 +49,21 @@ def training_table(
     check_beta(values, ids, beta_min, beta_max, column or "train.beta", within_envelope=column is not None)
     table = rows.append_column("beta", pa.array(values, pa.float32()))
     return table.append_column("row", pa.array(np.arange(len(ids)), pa.int64()))
+
+
+def check_cover(pairs: pa.Table, schedule: pa.Table, excluded: pa.Table) -> None:
+    """Refuse a schedule that leaves out a pair without saying so.
+
+    Raises:
+        ScheduleError: a pair is neither in the schedule nor among the excluded; it is named.
+    """
+    known = set(schedule["pair_id"].to_pylist()) | set(excluded["pair_id"].to_pylist())
+    left_out = [pair for pair in pairs["pair_id"].to_pylist() if pair not in known]
+    if left_out:
+        raise ScheduleError(
+            f"the schedule does not cover the pairs: {len(left_out)} are neither in it nor in excluded.csv, the first "
+            f"is {left_out[0]}; make it again with sp2dpo schedule, or list them in excluded.csv"
+        )
 
 
 def _column(schedule: pa.Table, column: str) -> list[float]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet
 import torch
 from datasets import Dataset
 from peft import LoraConfig
@@ -21,13 +20,14 @@ from sp2dpo.hashing import sha256_file, sha256_path
 from sp2dpo.pairs import read_pairs
 from sp2dpo.process import Train, train_keys
 from sp2dpo.runs import Run
-from sp2dpo.tables import is_current, read_manifest, read_table, write_atomic, write_manifest, write_table
-from sp2dpo.train.data import training_table
+from sp2dpo.stages import read_excluded, read_schedule
+from sp2dpo.tables import is_current, read_manifest, write_atomic, write_manifest, write_table
+from sp2dpo.train.data import check_cover, training_table
 from sp2dpo.train.terminal import quiet, watch
 from sp2dpo.train.toy import make_toy
 from sp2dpo.train.trainer import PairwiseDPOConfig, PairwiseDPOTrainer, margins_table
 
-__all__ = ["Trained", "train_run"]
+__all__ = ["Trained", "check_settings", "train_run"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,21 @@ class Trained:
     already_done: bool
 
 
+def check_settings(train: Train) -> None:
+    """Let TRL and PEFT check their keys, before anything is paid for that they would refuse later.
+
+    Raises:
+        ProcessError: with their message.
+    """
+    args = _arguments(train)
+    try:
+        PairwiseDPOConfig(output_dir="unused", **args["dpo"])
+        if args["lora"]:
+            LoraConfig(**args["lora"])
+    except (ValueError, TypeError, ImportError) as error:
+        raise ProcessError(f"train: TRL or PEFT refuses these settings: {error}") from error
+
+
 def train_run(run: Run, *, limit: int | None = None) -> list[Trained]:
     """Train every method of the process that is not finished yet; an interrupted one goes on from its last checkpoint.
 
@@ -50,7 +65,8 @@ def train_run(run: Run, *, limit: int | None = None) -> list[Trained]:
     settings = run.process.settings
     if settings.train is None or settings.student is None:
         raise ProcessError("this process has no 'student' and 'train'; add them, or stop at the schedule")
-    pairs, schedule = read_pairs(run.pairs, "sp2dpo prepare"), _trusted_schedule(run)
+    pairs, schedule = read_pairs(run.pairs, "sp2dpo annotate PROCESS.yaml"), _trusted_schedule(run)
+    check_cover(pairs, schedule, read_excluded(run))
     tables = {method: _table(run, pairs, schedule, method).slice(0, limit) for method in settings.train.methods}
     args = _arguments(settings.train)
     with quiet():
@@ -60,7 +76,7 @@ def train_run(run: Run, *, limit: int | None = None) -> list[Trained]:
 
 def _trusted_schedule(run: Run) -> pa.Table:
     """The schedule, if it is the one that its manifest describes."""
-    schedule = read_table(run.schedule, "sp2dpo schedule PROCESS.yaml")
+    schedule = read_schedule(run)
     manifest = read_manifest(run.schedule)
     if manifest is not None and manifest["files"].get(run.schedule.name) != sha256_file(run.schedule):
         raise ScheduleError(
@@ -111,8 +127,7 @@ def _train_one(run: Run, method: str, table: pa.Table, args: dict[str, dict[str,
     watch(trainer, f"train {method}")
     checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if checkpoint:
-        seen = pa.parquet.read_table(Path(checkpoint) / "margins.parquet").to_pydict()
-        trainer.margins = list(zip(seen["step"], seen["row"], seen["margin"], strict=True))
+        trainer.resume_margins(Path(checkpoint))
     metrics: dict[str, float] = trainer.train(resume_from_checkpoint=checkpoint).metrics
     trainer.save_model(str(folder))
     trainer.save_state()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import pyarrow as pa
+import pyarrow.parquet
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -18,13 +19,12 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from sp2dpo.errors import ScheduleError
-from sp2dpo.tables import schema_of, write_table
+from sp2dpo.tables import write_table
+from sp2dpo.train.data import MARGINS_SCHEMA
 
 __all__ = ["PairwiseCollator", "PairwiseDPOConfig", "PairwiseDPOTrainer"]
 
 SUPPORTED_LOSSES: Final = ("sigmoid",)
-
-MARGINS_SCHEMA: Final = schema_of(step=pa.int64(), row=pa.int64(), margin=pa.float32())
 
 
 @dataclass
@@ -70,7 +70,7 @@ class PairwiseDPOTrainer(DPOTrainer):  # type: ignore[misc]
     """`trl.DPOTrainer` whose datasets have a column `beta`: the temperature of each pair, positive and finite.
 
     An integer column `row`, if there is one, names the pairs in `margins`, the implicit margins Δ_i of every training
-    batch as it was seen.
+    batch as it was seen. Other keys of TRL that shape the loss (`ld_alpha`, `use_weighting`, …) act as they do there.
 
     Raises:
         ScheduleError: no column `beta`, or a value that is not a positive finite number; before any step.
@@ -143,6 +143,11 @@ class PairwiseDPOTrainer(DPOTrainer):  # type: ignore[misc]
         rows, margins = self.accelerator.gather_for_metrics((rows, margins))
         step = self.state.global_step
         self.margins += [(step, row, margin) for row, margin in zip(rows.tolist(), margins.tolist(), strict=True)]
+
+    def resume_margins(self, checkpoint: Path) -> None:
+        """Take over the margins noted up to a checkpoint that training goes on from."""
+        seen = pa.parquet.read_table(checkpoint / "margins.parquet").to_pydict()
+        self.margins = list(zip(seen["step"], seen["row"], seen["margin"], strict=True))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)

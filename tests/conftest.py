@@ -1,0 +1,71 @@
+"""What several test files share: a real server, and small runs whose process file each test writes itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sp2dpo.process import load_process
+from sp2dpo.runs import Run, open_run
+from sp2dpo.stages import prepare_run
+
+KEY = "sk-recognise-me-0123456789"
+GOOD = '{"semantic_gap_category": "Style", "semantic_gap_magnitude": 0.5, "semantic_gap_confidence": 0.4}'
+
+
+@pytest.fixture(scope="session")
+def server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The base URL of a llama.cpp server with a tiny random model."""
+    local_server = pytest.importorskip("local_server")
+    with local_server.local_server(tmp_path_factory.mktemp("local-server")) as base_url:
+        yield base_url
+
+
+@pytest.fixture
+def key(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A key in the environment that cannot be missed where it does not belong."""
+    monkeypatch.setenv("TEACHER_KEY", KEY)
+    return KEY
+
+
+def teacher(name: str = "teacher", **more: Any) -> dict[str, Any]:
+    """An annotator behind an address that no test reaches, unless it brings its own transport."""
+    return {"name": name, "model": f"model-of-{name}", "base_url": f"http://{name}.invalid/v1"} | more
+
+
+def rows(n: int) -> list[dict[str, str]]:
+    return [{"prompt": f"question {i}", "chosen": f"good answer {i}", "rejected": f"bad answer {i}"} for i in range(n)]
+
+
+def write_process(folder: Path, pairs: Sequence[Any] | None = None, **keys: Any) -> Path:
+    """A process file of one annotator, one variant and two pairs; `keys` replace its keys, and parts of `panel`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps(row) + "\n" for row in (rows(2) if pairs is None else pairs))
+    (folder / "pairs.jsonl").write_text("".join(lines), encoding="utf-8")
+    decoding = {"retry_attempts": 2, "retry_delay_base": 0}
+    panel = {"variants": ["v1"], "annotators": [teacher()], "decoding": decoding} | keys.pop("panel", {})
+    process = {"name": "small", "data": {"source": "pairs.jsonl"}, "panel": panel} | keys
+    path = folder / "process.yaml"
+    path.write_text(yaml.safe_dump(process, sort_keys=False), encoding="utf-8")
+    return path
+
+
+NewRun = Callable[..., Run]
+
+
+@pytest.fixture
+def new_run(tmp_path: Path) -> NewRun:
+    """Makes a prepared run in `tmp_path/<where>/run` from a process file that `write_process` writes."""
+
+    def make(where: str = ".", **keys: Any) -> Run:
+        folder = tmp_path / where
+        run = open_run(load_process(write_process(folder, **keys)), folder / "run")
+        prepare_run(run)
+        return run
+
+    return make

@@ -1,0 +1,285 @@
+"""The command line: exit codes, data on stdout, talk on stderr, one line for an error."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from conftest import GOOD, rows, teacher, write_process
+from sp2dpo import cli
+from sp2dpo.annotate import run as engine
+from sp2dpo.calls import open_calls
+from sp2dpo.pairs import read_pairs
+from sp2dpo.process import load_process
+from sp2dpo.runs import open_run
+from sp2dpo.stages import prepare_run
+
+COMMANDS = sorted(
+    command.name or command.callback.__name__ for command in cli.app.registered_commands if command.callback
+)
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Sp2dpo = Callable[..., Ran]
+
+
+@pytest.fixture
+def sp2dpo(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sp2dpo:
+    """Runs a command in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*args: Any) -> Ran:
+        code = 0
+        try:
+            cli.main([str(arg) for arg in args])
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        return Ran(code, *capsys.readouterr())
+
+    return command
+
+
+def recorded_process(folder: Path, n: int = 3, answered: int | None = None, **keys: Any) -> Path:
+    """A process whose annotator is a recording of `answered` of its `n` pairs, one of them in a code fence."""
+    recording = {"name": "old", "kind": "recorded", "model": "m", "calls": "answers.jsonl"}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "answers.jsonl").touch()
+    path = write_process(folder, pairs=rows(n), panel={"annotators": [recording]}, **keys)
+    scratch = open_run(load_process(path), folder / "scratch")
+    prepare_run(scratch)
+    ids = read_pairs(scratch.pairs, "")["pair_id"].to_pylist()[:answered]
+    lines = [{"pair_id": p, "variant": "v1", "raw_text": GOOD if i else f"```\n{GOOD}\n```"} for i, p in enumerate(ids)]
+    (folder / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def is_one_line(err: str) -> bool:
+    return err.count("sp2dpo: ") == 1 and err.splitlines()[-1].startswith("sp2dpo: ") and "Traceback" not in err
+
+
+# Help ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_every_command_says_what_it_does_and_gives_an_example(sp2dpo: Sp2dpo, name: str) -> None:
+    ran = sp2dpo(name, "--help")
+    assert ran.code == 0
+    assert f"sp2dpo {name} " in ran.out.rsplit("Options", 1)[-1]
+
+
+def test_help_and_version_go_to_stdout(sp2dpo: Sp2dpo) -> None:
+    assert all(name in sp2dpo("--help").out for name in COMMANDS)
+    assert sp2dpo("--version") == (0, "0.1.0\n", "")
+
+
+# Exit codes ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_arrows_up_to_verify_end_with_0(sp2dpo: Sp2dpo, tmp_path: Path) -> None:
+    path = recorded_process(tmp_path / "p")
+    assert sp2dpo("annotate", path).code == 0
+    assert sp2dpo("schedule", path).code == 0
+    verified = sp2dpo("verify", "runs/small")
+    assert verified.code == 0
+    assert verified.out.startswith("process   λ ")
+    assert verified.err == ""
+
+
+def test_a_difference_that_verify_finds_ends_with_1(sp2dpo: Sp2dpo, tmp_path: Path) -> None:
+    path = recorded_process(tmp_path / "p")
+    sp2dpo("annotate", path)
+    sp2dpo("schedule", path)
+    with Path("runs/small/schedule.csv").open("a") as file:
+        file.write("\n")
+    ran = sp2dpo("verify", "runs/small")
+    assert ran.code == 1
+    assert is_one_line(ran.err)
+    assert "schedule.csv" in ran.err
+
+
+@pytest.mark.usefixtures("key")
+def test_an_annotator_that_was_stopped_ends_with_1_and_says_what_is_missing(
+    sp2dpo: Sp2dpo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "BREAKER", 4)
+    unreachable = teacher(base_url="http://127.0.0.1:9/v1", api_key_env="TEACHER_KEY")
+    ran = sp2dpo("annotate", write_process(tmp_path / "p", panel={"annotators": [unreachable]}))
+    assert ran.code == 1
+    assert is_one_line(ran.err)
+    assert "2 answers are missing" in ran.err
+    assert re.search(r"annotator 'teacher' was stopped: \d+ attempts in a row", ran.err)
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["annotate", "nowhere.yaml"], "no such process file"),
+        (["schedule", "bad.yaml"], "unknown key 'shedule'"),
+        (["verify", "."], "no run directory"),
+        (["prepare", "nowhere.jsonl", "-o", "pairs.parquet"], "nowhere.jsonl"),
+        (["prepare", "org/name", "-o", "pairs.parquet", "--filters", "odd"], "'odd' is no filter"),
+    ],
+)
+def test_bad_input_ends_with_2_and_one_line(sp2dpo: Sp2dpo, tmp_path: Path, args: list[str], says: str) -> None:
+    write_process(tmp_path, shedule={}).rename(tmp_path / "bad.yaml")
+    ran = sp2dpo(*args)
+    assert ran.code == 2
+    assert ran.out == ""
+    assert is_one_line(ran.err)
+    assert says in ran.err
+
+
+def test_a_key_that_is_not_set_ends_with_2_before_anything_is_asked(sp2dpo: Sp2dpo, tmp_path: Path) -> None:
+    path = write_process(tmp_path / "p", panel={"annotators": [teacher(api_key_env="KEY_THAT_IS_NOT_SET")]})
+    ran = sp2dpo("annotate", path)
+    assert ran.code == 2
+    assert "export KEY_THAT_IS_NOT_SET=" in ran.err
+    assert not Path("runs/small/calls.sqlite").exists()
+
+
+@pytest.mark.parametrize(
+    "args", [["nothing"], ["annotate"], ["annotate", "p.yaml", "--limit", "0"], ["verify", "--no"]]
+)
+def test_a_wrong_call_of_a_command_ends_with_2(sp2dpo: Sp2dpo, args: list[str]) -> None:
+    ran = sp2dpo(*args)
+    assert ran.code == 2
+    assert ran.out == ""
+
+
+STALLING_SERVER = f"""
+import http.server, json, threading
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    asked = 0
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["content-length"]))
+        Handler.asked += 1
+        if Handler.asked > 3:
+            print("stalled", flush=True)
+            threading.Event().wait()
+        choice = {{"finish_reason": "stop", "message": {{"content": {GOOD!r}}}}}
+        body = json.dumps({{"choices": [choice]}}).encode()
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+
+
+@pytest.fixture
+def stalling() -> Iterator[subprocess.Popen[str]]:
+    """A server that answers three questions and then no more; it prints its port, and a line when it stalls."""
+    command = [sys.executable, "-c", STALLING_SERVER]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+        yield server
+        server.kill()
+
+
+def test_ctrl_c_ends_with_130_and_keeps_what_was_answered(tmp_path: Path, stalling: subprocess.Popen[str]) -> None:
+    assert stalling.stdout is not None
+    slow = teacher(base_url=f"http://127.0.0.1:{stalling.stdout.readline().strip()}/v1")
+    path = write_process(tmp_path, pairs=rows(9), panel={"annotators": [slow]})
+    sp2dpo = [sys.executable, "-c", "from sp2dpo.cli import main; main()"]
+    command = [*sp2dpo, "annotate", str(path), "--concurrency", "1"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        assert stalling.stdout.readline() == "stalled\n"
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    with open_calls(tmp_path / "runs/small/calls.sqlite") as log:
+        assert len(log.valid_cells()) == 3
+
+
+# Data and talk ------------------------------------------------------------------------------------------------------
+
+
+def test_json_is_one_object_on_stdout_and_talk_is_on_stderr(sp2dpo: Sp2dpo, tmp_path: Path) -> None:
+    path = recorded_process(tmp_path / "p", n=4, answered=3)
+    annotated = sp2dpo("annotate", path, "--json")
+    assert json.loads(annotated.out) | {"outcomes": {}} == {
+        "questions": 4,
+        "valid": 3,
+        "missing": 1,
+        "attempts": 4,
+        "reused": 0,
+        "cost_usd": 0.0,
+        "outcomes": {},
+        "mends": {"code_fence": 1},
+    }
+    assert json.loads(annotated.out)["outcomes"] == {"ok": 2, "repaired": 1, "not_recorded": 1}
+    assert "3 of 4 questions answered" in annotated.err
+    scheduled = sp2dpo("schedule", path, "--json")
+    assert json.loads(scheduled.out)["scheduled"] == 3
+    assert json.loads(scheduled.out)["excluded"] == 1
+    assert "1 rows excluded" in scheduled.err
+
+
+def test_prepare_gives_the_table_of_counts(sp2dpo: Sp2dpo, tmp_path: Path) -> None:
+    write_process(tmp_path, pairs=[*rows(3), {"prompt": "q", "chosen": "", "rejected": "b"}])
+    ran = sp2dpo("prepare", "pairs.jsonl", "-o", "out.parquet", "--json")
+    counts = json.loads(ran.out)["counts"]
+    assert counts == {"raw": 4, "duplicate_prompt_id": 0, "empty_field": 1, "kept": 3}
+    assert read_pairs(tmp_path / "out.parquet", "").num_rows == 3
+    table = sp2dpo("prepare", "pairs.jsonl", "-o", "out.parquet").out
+    assert re.search(r"empty_field\W+1\b", table)
+    assert re.search(r"kept\W+3\b", table)
+
+
+@pytest.mark.parametrize("command", [["cost"], ["annotate", "--dry-run"]])
+def test_an_estimate_asks_nothing(sp2dpo: Sp2dpo, tmp_path: Path, command: list[str]) -> None:
+    price = {"input": 2, "output": 8, "as_of": "2026-01-01"}
+    no_key = teacher(api_key_env="KEY_THAT_IS_NOT_SET", price=price)
+    path = write_process(tmp_path / "p", pairs=rows(5), panel={"annotators": [no_key, teacher("two", price=price)]})
+    ran = sp2dpo(command[0], path, *command[1:], "--limit", 3, "--json")
+    assert ran.code == 0
+    found = json.loads(ran.out)
+    assert (found["pairs"], found["calls"], found["output_tokens"]) == (3, 6, 240)
+    assert found["usd"] == pytest.approx((found["input_tokens"] * 2 + found["output_tokens"] * 8) / 1e6, rel=1e-3)
+    assert not Path("runs/small/calls.sqlite").exists()
+
+
+def test_a_limit_and_then_none_goes_on_where_the_first_stopped(sp2dpo: Sp2dpo, tmp_path: Path) -> None:
+    path = recorded_process(tmp_path / "p", n=5)
+    first = json.loads(sp2dpo("annotate", path, "--limit", 2, "--json").out)
+    rest = json.loads(sp2dpo("annotate", path, "--json").out)
+    again = json.loads(sp2dpo("annotate", path, "--json").out)
+    assert [(one["questions"], one["attempts"], one["valid"]) for one in (first, rest, again)] == [
+        (2, 2, 2),
+        (5, 3, 5),
+        (5, 0, 5),
+    ]
+
+
+def test_a_run_directory_may_be_chosen(sp2dpo: Sp2dpo, tmp_path: Path) -> None:
+    path = recorded_process(tmp_path / "p")
+    assert sp2dpo("annotate", path, "--run-dir", "elsewhere").code == 0
+    assert Path("elsewhere/calls.sqlite").is_file()
+    assert not Path("runs").exists()
+
+
+def test_a_process_that_changed_is_not_mixed_into_an_old_run(sp2dpo: Sp2dpo, tmp_path: Path) -> None:
+    sp2dpo("annotate", recorded_process(tmp_path / "p"))
+    ran = sp2dpo("annotate", recorded_process(tmp_path / "q", schedule={"beta_max": 0.2}))
+    assert ran.code == 2
+    assert is_one_line(ran.err)
+    assert "different: schedule.beta_max" in ran.err

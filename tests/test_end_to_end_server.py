@@ -1,0 +1,103 @@
+"""The whole path up to a verified schedule against a real server, whose answers are valid or noise."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+import local_server as server
+from conftest import write_process
+from sp2dpo import cli
+from sp2dpo.calls import open_calls
+from sp2dpo.verify import verify
+
+TOPICS = ("boiling an egg", "a lost wallet", "the tides", "a rude neighbour", "prime numbers", "a late train", "bread")
+
+
+def transcripts() -> Iterator[dict[str, str]]:
+    """22 rows: 18 usable, of one turn or three; 2 without a response, 1 with other prompts, 1 that is no transcript."""
+    for n in range(20):
+        topic = TOPICS[n % len(TOPICS)]
+        head = f"\n\nHuman: Question {n} about {topic}, please."
+        if n % 3 == 0:
+            head += f"\n\nAssistant: What of {topic}?\n\nHuman: All of it; {{chosen}} and {{tag}} are mere words here."
+        bad = "" if n in (4, 9) else f"No idea about {topic}."
+        yield {
+            "chosen": f"{head}\n\nAssistant: Here is {topic} in {n} steps.",
+            "rejected": f"{head}\n\nAssistant: {bad}",
+        }
+    yield {"chosen": "\n\nHuman: one\n\nAssistant: x", "rejected": "\n\nHuman: two\n\nAssistant: y"}
+    yield {"chosen": "plain text", "rejected": "other plain text"}
+
+
+def process(folder: Path, url: str, response_format: str) -> Path:
+    annotator: dict[str, Any] = {
+        "name": "local",
+        "model": server.MODEL,
+        "base_url": url,
+        "response_format": response_format,
+    }
+    panel = {"variants": ["v1", "v2", "v3"], "annotators": [annotator]}
+    decoding = {"max_tokens": 64, "timeout": 60, "retry_attempts": 1, "retry_delay_base": 0}
+    return write_process(folder, pairs=list(transcripts()), panel=panel | {"decoding": decoding})
+
+
+def main(*args: object) -> int:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(arg) for arg in args])
+    return int(ended.value.code or 0)
+
+
+def excluded(run: Path) -> list[dict[str, str]]:
+    with (run / "excluded.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_server_that_keeps_to_the_schema_gives_a_verified_schedule(server_url: str, tmp_path: Path) -> None:
+    path, run = process(tmp_path, server_url, "json_schema"), tmp_path / "run"
+    assert main("annotate", path, "--run-dir", run, "--concurrency", 4) == 0
+    assert main("schedule", path, "--run-dir", run) == 0
+    assert list(verify(run))
+    schedule, left_out = pq.read_table(run / "schedule.parquet"), excluded(run)
+    assert Counter(row["reason"] for row in left_out) == {"empty_field": 2, "prompts_differ": 1, "unreadable": 1}
+    assert schedule.num_rows == 18
+    source_rows = dict(
+        zip(*(pq.read_table(run / "pairs.parquet")[c].to_pylist() for c in ("pair_id", "source_row")), strict=True)
+    )
+    scheduled = [source_rows[pair] for pair in schedule["pair_id"].to_pylist()]
+    assert sorted(scheduled + [int(row["source_row"]) for row in left_out]) == list(range(22))
+    assert all(0.03 <= beta <= 0.3 for beta in schedule["beta"].to_pylist())
+    assert len(set(schedule["beta"].to_pylist())) > 1
+
+
+def test_the_whole_run_in_one_command_ends_with_a_report(server_url: str, tmp_path: Path) -> None:
+    pytest.importorskip("sp2dpo.report.build", exc_type=ImportError)
+    path, run = process(tmp_path, server_url, "json_schema"), tmp_path / "run"
+    assert main("run", path, "--run-dir", run, "--limit", 6) == 0
+    assert pq.read_table(run / "schedule.parquet").num_rows == 6
+    assert Counter(row["reason"] for row in excluded(run))["not_asked"] == 12
+    assert "<html" in (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_server_that_answers_noise_loses_nothing_and_schedules_nothing(
+    server_url: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path, run = process(tmp_path, server_url, "none"), tmp_path / "run"
+    main("annotate", path, "--run-dir", run, "--limit", 5)
+    assert "0 of 15 questions answered, 30 calls now" in capfd.readouterr().err
+    with open_calls(run / "calls.sqlite") as log:
+        assert len(log) == 30
+        assert not [call for call in log if call.valid or call.magnitude is not None]
+        assert all(call.http_status == 200 for call in log)
+        assert all(call.raw_text for call in log if call.outcome != "empty")
+    assert main("schedule", path, "--run-dir", run) != 0
+    said = capfd.readouterr().err
+    assert said.splitlines()[-1].startswith("sp2dpo: no pair has a complete set")
+    assert "Traceback" not in said
+    assert not (run / "schedule.parquet").exists()
