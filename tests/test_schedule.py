@@ -99,7 +99,6 @@ def test_every_column_is_described() -> None:
     assert all(columns_of(*PANEL).values())
 
 
-@pytest.mark.xfail(strict=True, reason="the panel does not look at the columns that its names make")
 @pytest.mark.parametrize(("annotator", "variant"), [("qwen", "ens"), ("annotators_mean", "v1")])
 def test_a_panel_whose_names_make_one_column_twice_is_refused(annotator: str, variant: str) -> None:
     source = {"kind": "recorded", "model": "m", "calls": "answers.jsonl"}

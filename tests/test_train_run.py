@@ -14,11 +14,12 @@ import yaml
 
 from sp2dpo.annotate.run import annotate
 from sp2dpo.errors import MissingExtra, ProcessError, ScheduleError
-from sp2dpo.process import load_process
+from sp2dpo.process import Train, load_process
 from sp2dpo.runs import Run, open_run
+from sp2dpo.schedule import EXCLUDED_SCHEMA
 from sp2dpo.stages import prepare_run, schedule_run
-from sp2dpo.train.data import training_table
-from sp2dpo.train.run import train_run
+from sp2dpo.train.data import check_cover, training_table
+from sp2dpo.train.run import check_settings, train_run
 from sp2dpo.train.toy import make_toy
 
 EXAMPLE = Path(__file__).parents[1] / "examples/quickstart"
@@ -205,3 +206,20 @@ def test_the_missing_extra_is_named_when_torch_is_not_there(monkeypatch: pytest.
     monkeypatch.setattr(sp2dpo.train, "import_module", without_torch)
     with pytest.raises(MissingExtra, match=r"pip install 'sp2dpo\[train\]'"):
         _ = sp2dpo.train.PairwiseDPOTrainer
+
+
+def test_a_schedule_that_leaves_out_a_pair_silently_is_refused(tables: tuple[pa.Table, pa.Table]) -> None:
+    pairs, schedule = tables
+    excluded = EXCLUDED_SCHEMA.empty_table()
+    check_cover(pairs, schedule, excluded)
+    with pytest.raises(ScheduleError, match="does not cover") as refused:
+        check_cover(pairs, schedule.slice(1), excluded)
+    assert schedule["pair_id"][0].as_py() in str(refused.value)
+    listed = pa.Table.from_pylist([{"pair_id": schedule["pair_id"][0].as_py()}], schema=EXCLUDED_SCHEMA)
+    check_cover(pairs, schedule.slice(1), listed)
+
+
+@pytest.mark.parametrize("bad", [{"lr_scheduler_type": "cosinus"}, {"eval_strategy": "never"}])
+def test_settings_that_trl_or_peft_refuse_are_found_before_anything_is_paid_for(bad: dict[str, Any]) -> None:
+    with pytest.raises(ProcessError, match="refuses these settings"):
+        check_settings(Train.model_validate(TRAIN | bad))

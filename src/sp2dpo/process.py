@@ -139,9 +139,9 @@ class Panel(_Settings):
                 raise ValueError(f"two {what} have the same name: {', '.join(twice)}")
         if "user" in self.variants:
             raise ValueError("a variant cannot be called 'user': user.txt is the template of the user message")
-        columns = [f"beta_{name}_{v}" for name in ("annotators_mean", *names_of(self)) for v in (*self.variants, "ens")]
+        columns = [f"beta_{name}_{v}" for name in (*names_of(self), "annotators_mean") for v in (*self.variants, "ens")]
         columns += [f"beta_{name}_ens_tie_break" for name in names_of(self)]
-        same = sorted({column for column in columns if columns.count(column) > 1})
+        same = [column for column in columns if columns.count(column) > 1]
         if same:
             raise ValueError(f"names of annotators and variants collide in the column '{same[0]}'; rename one of them")
         return self
