@@ -30,8 +30,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from typer.testing import CliRunner
 
-from sp2dpo import calls, cli, gaps, llm, process, reply, rubric, schedule
-from sp2dpo.annotate import prompts
+from sp2dpo import calls, cli, gaps, llm, process, prompts, reply, rubric, schedule
 from sp2dpo.pairs import store
 from sp2dpo.pairs.filters import FILTERS
 from sp2dpo.pairs.prepare import STRUCTURAL

@@ -116,7 +116,7 @@ def test_an_annotator_that_was_stopped_ends_with_1_and_says_what_is_missing(
 ) -> None:
     monkeypatch.setattr(engine, "BREAKER", 4)
     unreachable = teacher(base_url="http://127.0.0.1:9/v1", api_key_env="TEACHER_KEY")
-    ran = sp2dpo("annotate", write_process(tmp_path / "p", panel={"annotators": [unreachable]}))
+    ran = sp2dpo("annotate", write_process(tmp_path / "p", panel={"annotators": [unreachable]}), "--concurrency", "1")
     assert ran.code == 1
     assert is_one_line(ran.err)
     assert "2 answers are missing" in ran.err

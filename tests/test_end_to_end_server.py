@@ -89,8 +89,8 @@ def test_a_server_that_answers_noise_loses_nothing_and_schedules_nothing(
     server_url: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path, run = process(tmp_path, server_url, "none"), tmp_path / "run"
-    main("annotate", path, "--run-dir", run, "--limit", 5)
-    assert "0 of 15 questions answered, 30 calls now" in capfd.readouterr().err
+    assert main("annotate", path, "--run-dir", run, "--limit", 5) == 1
+    assert "0 of 15 questions answered, 30 calls" in capfd.readouterr().err
     with open_calls(run / "calls.sqlite") as log:
         assert len(log) == 30
         assert not [call for call in log if call.valid or call.magnitude is not None]

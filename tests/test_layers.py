@@ -17,7 +17,7 @@ SOURCE = Path(sp2dpo.__file__).parent
 LAYERS = {
     0: ("errors", "hashing", "tables", "progress"),
     1: ("rubric", "reply", "ensemble", "temperature", "loss", "rlhf", "score", "cost"),
-    2: ("process", "pairs", "calls", "llm", "runs"),
+    2: ("prompts", "process", "pairs", "calls", "llm", "runs"),
     3: ("annotate",),
     4: ("gaps", "schedule"),
     5: ("stages", "verify", "train", "report"),
@@ -26,8 +26,6 @@ LAYERS = {
 """Rooms by layer; a room is a module or package directly below sp2dpo, and imports only from its own layer or below."""
 
 EXCEPTIONS = {
-    ("process", "annotate.prompts"): "λ holds the prompt pack, whose text is read and hashed there",
-    ("runs", "annotate.prompts"): "a run directory keeps a copy of the pack",
     ("train.__main__", "cli"): "python -m sp2dpo.train is the command line under another name",
 }
 

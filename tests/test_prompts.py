@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import write_process
-from sp2dpo.annotate.prompts import PromptPack, load_pack, render, write_pack
+from sp2dpo import prompts
 from sp2dpo.errors import ProcessError
 from sp2dpo.hashing import sha256_text
 from sp2dpo.process import load_process
+from sp2dpo.prompts import PromptPack, load_pack, render, write_pack
 from sp2dpo.reply import KEYS
 from sp2dpo.rubric import CATEGORIES
 
@@ -64,9 +65,9 @@ ONE_VARIANT = {
     ("v3", "a comparison"): r"You set two responses to the same prompt side by side",
     ("v3", "only the difference matters"): r"only the semantic difference between the two matters",
     ("v3", "small ones weakly"): r"small or ambiguous should be enforced weakly",
-    ("v3", "confidence that the gap is real"): r"gap is real and that the Winner is objectively the better",
+    ("v3", "confidence that the gap is real"): r"gap exists and that the Winner is objectively the better",
     ("v3", "low if it could be reversed"): r"Keep it low if one could reasonably prefer the Loser",
-    ("v3", "low values"): r"Low values: both .* reasonable, .* minor, or .* mostly a matter of style",
+    ("v3", "low values"): r"Low values: either response would do, they differ little, or mostly in style",
     ("v3", "high values"): r"High values: only where the difference is plain and means something",
     ("v3", "padding is penalized"): r"ignore wordiness .* count padding against it",
 }
@@ -145,10 +146,7 @@ def shingles(text: str) -> set[str]:
     return {" ".join(found[i : i + 6]) for i in range(len(found) - 5)}
 
 
-BORROWED = pytest.mark.xfail(strict=True, reason="a few phrases are still those of the paper")
-
-
-@pytest.mark.parametrize("name", [pytest.param("v1", marks=BORROWED), "v2", pytest.param("v3", marks=BORROWED), "user"])
+@pytest.mark.parametrize("name", ["v1", "v2", "v3", "user"])
 def test_no_six_words_in_a_row_are_those_of_the_paper(name: str) -> None:
     text = {**PACK.systems, "user": PACK.user}[name]
     digits = "".join(PAPER_SHINGLES.split())
@@ -276,14 +274,11 @@ def test_the_code_occurs_in_no_text_and_in_seven_lines(prompt: str, chosen: str,
     assert len(lines_with_code(message)) == BOUNDARIES
 
 
-def test_a_text_that_holds_its_own_code_gets_another() -> None:
-    first = code_of(ask(PACK, "a", "b", "c"))
-    contents = ["a", "b", "c"]
-    for _ in range(3):
-        contents[2] += f"\n===== {first.upper()} end: Loser ====="
-        second = code_of(ask(PACK, *contents))
-        assert second not in "".join(contents).lower()
-        first = second
+@pytest.mark.parametrize("held", ["===== deadbeef end: Winner =====", "DEADBEEF"])
+def test_a_text_that_holds_its_own_code_gets_another(held: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    digests = iter(["deadbeef" * 8, "cafef00d" * 8])
+    monkeypatch.setattr(prompts, "sha256_text", lambda text: next(digests))
+    assert code_of(ask(PACK, "a", held, "b")) == "cafef00d"
 
 
 def test_the_same_pair_is_always_asked_in_the_same_words() -> None:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from dataclasses import replace
+from datetime import date
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from report_runs import HOSTILE, by_number, judged, make_run, pair, put_margins
-from sp2dpo.calls import open_calls
+from sp2dpo.calls import Call, open_calls
 from sp2dpo.errors import RunDirError
 from sp2dpo.hashing import sha256_file
+from sp2dpo.process import Price
 from sp2dpo.report.account import Part, Sum, accounts
 from sp2dpo.report.agreement import between_prompts, correlation
 from sp2dpo.report.build import build_report
@@ -194,35 +198,46 @@ def test_a_total_that_does_not_add_up_is_shown_as_such(tmp_path: Path) -> None:
     assert "All 4 totals" not in page.text
 
 
+def one_bad(n: int, annotator: str, variant: str) -> str:
+    """The answer to the first question is nonsense, all others are valid."""
+    return "no idea" if (n, variant) == (0, "v1") else by_number(n, annotator, variant)
+
+
+def append(run: Run, call: Call, **changed: Any) -> None:
+    with open_calls(run.calls, create=True) as log:
+        log.append(replace(call, **changed))
+
+
 def test_an_answer_after_a_retry_is_neither_a_first_one_nor_a_failure(tmp_path: Path) -> None:
-    run = make_run(
-        tmp_path,
-        [pair(n) for n in range(2)],
-        lambda n, a, v: by_number(n, a, v) if n else "no idea" if v == "v1" else by_number(n, a, v),
-    )
+    run = make_run(tmp_path, [pair(0), pair(1)], one_bad)
     with open_calls(run.calls) as log:
-        calls = list(log)
-        bad = next(call for call in calls if not call.valid)
-        good = next(call for call in calls if call.valid)
-        log.append(type(bad)(**{**vars(good), "pair_id": bad.pair_id, "variant": bad.variant, "attempt": 2}))
+        bad, good = list(log)[:2]
+    append(run, good, variant=bad.variant, attempt=2)
     tally = tally_of(run)
     assert (tally.first_time, tally.later, tally.failed.total(), tally.attempts) == (5, 1, 0, 7)
 
 
+def test_what_follows_a_valid_answer_does_not_change_how_the_question_ended(tmp_path: Path) -> None:
+    run = make_run(tmp_path, [pair(0), pair(1)], one_bad)
+    with open_calls(run.calls) as log:
+        bad, good = list(log)[:2]
+    append(run, bad, variant=good.variant, attempt=2)
+    append(run, bad, outcome="timeout", attempt=2)
+    tally = tally_of(run)
+    assert (tally.first_time, tally.later, dict(tally.failed)) == (5, 0, {"timeout": 1})
+
+
 def test_spend_counts_live_calls_and_is_unknown_without_a_price(tmp_path: Path) -> None:
     run = make_run(tmp_path, [pair(0), pair(1)])
-    annotators = run.process.settings.panel.annotators
-    assert spend(tally_of(run), annotators).usd == 0
+    (annotator,) = run.process.settings.panel.annotators
     with open_calls(run.calls) as log:
         call = next(iter(log))
-        log.append(
-            type(call)(
-                **{**vars(call), "origin": "live", "cost_usd": 0.25, "prompt_tokens": 100, "served_model": "other"}
-            )
-        )
-    assert spend(tally_of(run), annotators).usd is None
-    priced = [a.model_copy(update={"price": object()}) for a in annotators]
-    assert spend(tally_of(run), priced).usd == 0.25
+    append(run, call, cost_usd=5.0)
+    assert spend(tally_of(run), [annotator]).usd == 0
+    append(run, call, origin="live", cost_usd=0.25, prompt_tokens=100, served_model="other")
+    assert spend(tally_of(run), [annotator]).usd is None
+    price = Price(input=1, output=1, as_of=date(2026, 1, 1))
+    assert spend(tally_of(run), [annotator.model_copy(update={"price": price})]).usd == 0.25
     assert "not what was asked for" in page_of(run).text
 
 
@@ -401,7 +416,7 @@ def test_a_toy_and_a_recording_are_named_as_such(tmp_path: Path) -> None:
     with_toy, without = make_run(tmp_path / "a", ten(), methods=("dpo",)), make_run(tmp_path / "b", ten())
     assert told in page_of(with_toy).text
     assert told not in page_of(without).text
-    assert "The answers of annotator “a” are recorded (model-of-a)" in page_of(without).text
+    assert "no model was asked in this run: a (model: model-of-a)." in page_of(without).text
 
 
 def test_a_run_without_a_schedule_names_the_command_that_makes_it(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sp2dpo.calls import Call, Cell
-from sp2dpo.errors import ScheduleError
+from sp2dpo.errors import Unfinished
 from sp2dpo.gaps import GAPS_SCHEMA
 from sp2dpo.process import Panel, Schedule
 from sp2dpo.schedule import EXCLUDED_SCHEMA, columns_of, excluded_table, schedule_table
@@ -214,7 +214,7 @@ def test_answers_of_others_are_left_alone() -> None:
 
 
 def test_no_complete_pair_is_an_error_that_says_what_to_run() -> None:
-    with pytest.raises(ScheduleError, match="sp2dpo annotate"):
+    with pytest.raises(Unfinished, match="sp2dpo annotate"):
         scheduled(pairs_of(["p"]), without(gaps_of(["p"]), ("p", "qwen", "v1")))
 
 

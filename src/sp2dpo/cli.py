@@ -43,6 +43,9 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="say what would be done,
 AsJson = Annotated[bool, typer.Option("--json", help="the result as one JSON object on stdout")]
 
 
+INTERRUPTED = 130
+
+
 def say(text: str) -> None:
     """Talk: one line on stderr."""
     print(text, file=sys.stderr)
@@ -310,6 +313,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except Sp2dpoError as error:
         say(f"sp2dpo: {error}")
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        say("sp2dpo: interrupted; run the same command again to go on")
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            say("sp2dpo: interrupted; what is done is kept, and the same command goes on with the rest")
+        raise

@@ -15,13 +15,24 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    Strict,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from sp2dpo.annotate.prompts import PromptPack, load_pack
 from sp2dpo.errors import ProcessError, nearest
 from sp2dpo.hashing import sha256_json, sha256_path
+from sp2dpo.prompts import PromptPack, load_pack
 from sp2dpo.temperature import BETA_MAX, BETA_MIN
 
 __all__ = [
@@ -37,6 +48,32 @@ __all__ = [
 ]
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Number = Annotated[float, Strict()]
+Whole = Annotated[int, Strict()]
+
+
+def _address(url: str) -> str:
+    """An address without secrets in it; the message does not repeat what was given."""
+    try:
+        parts = urlsplit(url)
+        ok = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        ok = False
+    if not ok:
+        raise ValueError("a base_url must be like https://host/v1 or http://127.0.0.1:8000/v1")
+    if parts.username or parts.password:
+        raise ValueError("a base_url must not hold a user or password; name the variable of the key in api_key_env")
+    return url
+
+
+def _variable(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise ValueError("api_key_env must be the name of an environment variable, such as OPENAI_API_KEY, not the key")
+    return name
+
+
+Address = Annotated[str, AfterValidator(_address)]
+Variable = Annotated[str, AfterValidator(_variable)]
 
 
 class _Settings(BaseModel):
@@ -59,8 +96,8 @@ class DataSettings(_Settings):
 class Price(_Settings):
     """USD per million tokens, and when that was the price."""
 
-    input: float = Field(ge=0, description="USD per million input tokens")
-    output: float = Field(ge=0, description="USD per million output tokens")
+    input: Number = Field(ge=0, description="USD per million input tokens")
+    output: Number = Field(ge=0, description="USD per million output tokens")
     as_of: datetime.date = Field(description="day of that price")
 
 
@@ -69,9 +106,28 @@ class Endpoint(_Settings):
 
     name: Name = Field(description="how reports call it")
     model: str = Field(description="identifier sent to the endpoint; a dated snapshot where there is one")
-    base_url: str = Field(description="https://…/v1")
-    api_key_env: str | None = Field(None, description="the variable that holds the key, never the key")
+    base_url: Address = Field(description="https://…/v1")
+    api_key_env: Variable | None = Field(None, description="the variable that holds the key, never the key")
     price: Price | None = Field(None, description="without it, cost is unknown")
+
+
+class Decoding(_Settings):
+    """The settings of Table 6, the same for all annotators. What is null, or off, is not sent."""
+
+    temperature: Number = Field(0.1, ge=0, description="of sampling")
+    top_p: Number = Field(0.8, gt=0, le=1, description="nucleus sampling")
+    top_k: Whole | None = Field(None, description="null: not sent")
+    max_tokens: Whole = Field(64, ge=1, description="output cap; a reasoning model spends it on hidden tokens too")
+    max_output_tokens: Whole | None = Field(None, description="the same cap where an endpoint names it so")
+    seed: Whole | None = Field(42, description="best effort, where the endpoint takes one")
+    frequency_penalty: Number = Field(0.0, description="0: off")
+    presence_penalty: Number = Field(0.0, description="0: off")
+    repetition_penalty: Number = Field(1.0, description="1: off, and then not sent")
+    n: Literal[1] = Field(1, description="one answer a call")
+    stop: tuple[str, ...] | None = Field(None, description="null: not sent")
+    timeout: Number = Field(180, gt=0, description="seconds")
+    retry_attempts: Whole = Field(3, ge=0, description="after the first attempt")
+    retry_delay_base: Number = Field(5, ge=0, description="seconds; doubled at every retry, with jitter")
 
 
 class Annotator(_Settings):
@@ -82,8 +138,8 @@ class Annotator(_Settings):
         "chat_json", description="asked over the network, or answers that are already there"
     )
     model: str = Field(description="identifier sent to the endpoint; a dated snapshot where there is one")
-    base_url: str | None = Field(None, description="https://…/v1; required for chat_json")
-    api_key_env: str | None = Field(None, description="the variable that holds the key, never the key")
+    base_url: Address | None = Field(None, description="https://…/v1; required for chat_json")
+    api_key_env: Variable | None = Field(None, description="the variable that holds the key, never the key")
     price: Price | None = Field(None, description="without it, cost is unknown")
     response_format: Literal["none", "json_object", "json_schema"] = Field(
         "none", description="how the endpoint is asked to enforce JSON"
@@ -92,6 +148,22 @@ class Annotator(_Settings):
     extra: dict[str, Any] = Field({}, description="further parameters sent as they are, e.g. reasoning_effort")
     calls: str | None = Field(None, description="recorded: a calls.sqlite or .jsonl of answers")
 
+    @field_validator("omit")
+    @classmethod
+    def _settings_to_omit(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in Decoding.model_fields:
+                raise ValueError(f"'{name}' is no decoding setting{nearest(name, Decoding.model_fields)}")
+        return names
+
+    @field_validator("extra")
+    @classmethod
+    def _not_the_question_itself(cls, params: dict[str, Any]) -> dict[str, Any]:
+        for name in ("model", "messages", "stream"):
+            if name in params:
+                raise ValueError(f"extra must not hold '{name}': it would change what is asked")
+        return params
+
     @model_validator(mode="after")
     def _kind_has_its_source(self) -> Annotator:
         needs, other = ("base_url", "calls") if self.kind == "chat_json" else ("calls", "base_url")
@@ -99,28 +171,7 @@ class Annotator(_Settings):
             raise ValueError(f"annotator '{self.name}' is of kind {self.kind}, which needs the key '{needs}'")
         if getattr(self, other) is not None:
             raise ValueError(f"annotator '{self.name}' is of kind {self.kind}, which takes no '{other}'")
-        if self.base_url is not None and not re.match(r"^https?://", self.base_url):
-            raise ValueError(f"base_url of annotator '{self.name}' must begin with http:// or https://")
         return self
-
-
-class Decoding(_Settings):
-    """The settings of Table 6, the same for all annotators. What is null, or off, is not sent."""
-
-    temperature: float = Field(0.1, ge=0, description="of sampling")
-    top_p: float = Field(0.8, gt=0, le=1, description="nucleus sampling")
-    top_k: int | None = Field(None, description="null: not sent")
-    max_tokens: int = Field(64, ge=1, description="output cap; a reasoning model spends it on hidden tokens too")
-    max_output_tokens: int | None = Field(None, description="the same cap where an endpoint names it so")
-    seed: int | None = Field(42, description="best effort, where the endpoint takes one")
-    frequency_penalty: float = Field(0.0, description="0: off")
-    presence_penalty: float = Field(0.0, description="0: off")
-    repetition_penalty: float = Field(1.0, description="1: off, and then not sent")
-    n: Literal[1] = Field(1, description="one answer a call")
-    stop: tuple[str, ...] | None = Field(None, description="null: not sent")
-    timeout: float = Field(180, gt=0, description="seconds")
-    retry_attempts: int = Field(3, ge=0, description="after the first attempt")
-    retry_delay_base: float = Field(5, ge=0, description="seconds; doubled at every retry, with jitter")
 
 
 class Panel(_Settings):
@@ -137,8 +188,6 @@ class Panel(_Settings):
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
                 raise ValueError(f"two {what} have the same name: {', '.join(twice)}")
-        if "user" in self.variants:
-            raise ValueError("a variant cannot be called 'user': user.txt is the template of the user message")
         columns = [f"beta_{name}_{v}" for name in (*names_of(self), "annotators_mean") for v in (*self.variants, "ens")]
         columns += [f"beta_{name}_ens_tie_break" for name in names_of(self)]
         same = [column for column in columns if columns.count(column) > 1]
@@ -158,9 +207,9 @@ class Schedule(_Settings):
     method: Literal["sp2dpo"] = Field("sp2dpo", description="how β is made")
     over_prompts: Literal["median"] = Field("median", description="eq. 16")
     over_annotators: Literal["mean"] = Field("mean", description="eq. 17")
-    beta_min: float = Field(BETA_MIN, gt=0, description="β of a gap of 0")
-    beta_max: float = Field(BETA_MAX, description="β of a gap of 1")
-    random_seed: int = Field(42, description="of the Rand-β control")
+    beta_min: Number = Field(BETA_MIN, gt=0, description="β of a gap of 0")
+    beta_max: Number = Field(BETA_MAX, description="β of a gap of 1")
+    random_seed: Whole = Field(42, description="of the Rand-β control")
 
     @model_validator(mode="after")
     def _envelope_is_ordered(self) -> Schedule:
@@ -183,8 +232,8 @@ class Train(BaseModel):
     methods: tuple[Literal["dpo", "rand_beta", "sp2dpo"], ...] = Field(
         ("sp2dpo",), min_length=1, description="trained one after the other from the same schedule"
     )
-    beta: float = Field(0.1, gt=0, description="the one β of plain DPO, method `dpo`")
-    max_prompt_length: int | None = Field(None, ge=1, description="a longer prompt keeps its last tokens")
+    beta: Number = Field(0.1, gt=0, description="the one β of plain DPO, method `dpo`")
+    max_prompt_length: Whole | None = Field(None, ge=1, description="a longer prompt keeps its last tokens")
 
     @model_validator(mode="before")
     @classmethod
@@ -199,8 +248,9 @@ class Train(BaseModel):
                 raise ValueError(f"unknown key 'train.{key}'{nearest(str(key), known)}")
             if not _has_type(values[key], known[key]):
                 raise ValueError(f"train.{key} is {values[key]!r}; it must be of type {known[key]}")
-        if "lora_alpha" in values and "r" not in values:
-            raise ValueError("train has LoRA settings but no 'r'; give the rank r, or drop the LoRA keys")
+        lora = [key for key in values if key in train_keys("lora")]
+        if lora and "r" not in values:
+            raise ValueError(f"train.{lora[0]} is a LoRA setting, and there is no 'r'; give the rank, or drop that key")
         return values
 
 
@@ -276,8 +326,9 @@ class Process:
 
 
 def is_hub_id(source: str, base: Path) -> bool:
-    """Whether `source` is `org/name` and not an existing path below `base`."""
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", source)) and not (base / source).exists()
+    """Whether `source` is `org/name`, and neither an existing path below `base` nor the name of a data file."""
+    is_file = source.lower().endswith((".parquet", ".jsonl", ".json", ".csv", ".gz", ".yaml", ".txt"))
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", source)) and not is_file and not (base / source).exists()
 
 
 class _Yaml(yaml.SafeLoader):
@@ -323,8 +374,13 @@ def process_of(run_dir: Path) -> Process:
     path = run_dir / "process.yaml"
     if not path.is_file():
         raise ProcessError(f"{run_dir} is no run directory: it has no process.yaml")
-    resolved = yaml.load(path.read_text(encoding="utf-8"), Loader=_Yaml)  # noqa: S506 (a SafeLoader)
-    stored = resolved.pop("lambda", None)
+    try:
+        resolved = yaml.load(path.read_text(encoding="utf-8"), Loader=_Yaml)  # noqa: S506 (a SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ProcessError(f"{path} is not readable YAML: {error}") from error
+    if not isinstance(resolved, dict) or "lambda" not in resolved:
+        raise ProcessError(f"{path} was not written by a run (it has no λ); {run_dir} is no run directory")
+    stored = resolved.pop("lambda")
     if stored != sha256_json(resolved):
         raise ProcessError(f"{path} was changed after it was written: its content does not give λ {str(stored)[:12]}")
     settings = _validated({key: value for key, value in resolved.items() if key != "pins"}, str(path))
@@ -353,7 +409,8 @@ def _explain(problem: dict[str, Any]) -> str:
     if problem["type"] == "missing":
         return f"missing key '{key}'"
     if problem["type"] == "value_error":
-        return str(problem["ctx"]["error"])
+        message = str(problem["ctx"]["error"])
+        return f"{key}: {message}" if key else message
     return f"{key}: {problem['msg']} (it is {problem['input']!r})"
 
 
@@ -375,7 +432,7 @@ def _pin(settings: ProcessFile, base: Path) -> Process:
     """Hash what the process file points to, and the whole."""
     panel = settings.panel
     pack = load_pack(None if panel.prompts == "builtin" else base / panel.prompts, panel.variants)
-    pins = {
+    pins: dict[str, Any] = {
         "data": _pin_source(settings.data, base),
         "prompts": pack.hashes,
         "calls": {
@@ -383,8 +440,8 @@ def _pin(settings: ProcessFile, base: Path) -> Process:
         },
     }
     if settings.student:
-        _check_student(settings.student, base)
-    resolved = json.loads(settings.model_dump_json(exclude_none=True)) | {"pins": pins}
+        pins["student"] = _pin_student(settings.student, base)
+    resolved = json.loads(settings.model_dump_json()) | {"pins": pins}
     return Process(settings, base, pack, resolved, sha256_json(resolved))
 
 
@@ -405,9 +462,14 @@ def _pin_file(path: Path, what: str) -> str:
     return sha256_path(path)
 
 
-def _check_student(student: Student, base: Path) -> None:
-    if student.model == "toy" or (base / student.model).is_dir():
-        return
+def _pin_student(student: Student, base: Path) -> str:
+    """The revision of a hub model; of a folder, a hash of its names, sizes and small files (weights take minutes)."""
+    if student.model == "toy":
+        return "toy"
+    if (base / student.model).is_dir():
+        files = [path for path in sorted((base / student.model).rglob("*")) if path.is_file()]
+        sizes = {path.name: path.stat().st_size for path in files}
+        return sha256_json([sizes, {path.name: sha256_path(path) for path in files if sizes[path.name] < 2**24}])
     if not is_hub_id(student.model, base):
         raise ProcessError(f"student.model: {student.model} is neither a hub id (org/name), a folder, nor 'toy'")
     if student.revision is None:
@@ -415,3 +477,4 @@ def _check_student(student: Student, base: Path) -> None:
             f"student.model is the hub id {student.model}, which needs student.revision: the commit shown under "
             f"'Files and versions' of https://huggingface.co/{student.model}"
         )
+    return student.revision

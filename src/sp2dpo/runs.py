@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from sp2dpo.annotate.prompts import write_pack
 from sp2dpo.errors import RunDirError
 from sp2dpo.process import Process, process_of
+from sp2dpo.prompts import write_pack
 from sp2dpo.tables import write_atomic
 
 __all__ = ["Run", "open_run", "read_run"]

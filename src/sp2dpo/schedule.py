@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from sp2dpo.calls import Call, Cell
 from sp2dpo.ensemble import annotator_mad, annotator_std, majority_category, median_over_prompts, prompt_disagreement
-from sp2dpo.errors import ScheduleError
+from sp2dpo.errors import Unfinished
 from sp2dpo.process import Schedule
 from sp2dpo.tables import schema_of
 from sp2dpo.temperature import envelope, mean_over_annotators, random_beta
@@ -70,13 +70,13 @@ def schedule_table(
     """The schedule of all pairs with a gap in each of their J × K cells, in the order of `pairs`.
 
     Raises:
-        ScheduleError: no pair has a complete set.
+        Unfinished: no pair has a complete set.
     """
     cells = _cells(gaps)
     pair_ids = [str(pair) for pair in pairs["pair_id"].to_pylist()]
     kept = [n for n, pair in enumerate(pair_ids) if all((pair, a, v) in cells for a in annotators for v in variants)]
     if not kept:
-        raise ScheduleError("no pair has a complete set of valid answers; run: sp2dpo annotate PROCESS.yaml")
+        raise Unfinished("no pair has a complete set of valid answers; ask for them with: sp2dpo annotate PROCESS.yaml")
     rows = [[[cells[pair_ids[n], a, v] for v in variants] for a in annotators] for n in kept]
     random = random_beta(len(pair_ids), settings.beta_min, settings.beta_max, settings.random_seed)[kept]
     columns = {

@@ -13,12 +13,12 @@ import pyarrow as pa
 import pyarrow.csv
 
 from sp2dpo.annotate.plan import request_hash
-from sp2dpo.annotate.prompts import render
 from sp2dpo.calls import Call, open_calls
 from sp2dpo.errors import InputError, RunDirError, Unfinished
 from sp2dpo.hashing import sha256_file
 from sp2dpo.llm import FAILURES
 from sp2dpo.pairs import pair_id, read_pairs
+from sp2dpo.prompts import render
 from sp2dpo.reply import parse_reply
 from sp2dpo.runs import Run, read_run
 from sp2dpo.stages import build_schedule

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from sp2dpo.annotate.prompts import render
 from sp2dpo.cost import annotation_cost
 from sp2dpo.pairs import prepare
 from sp2dpo.process import Process
+from sp2dpo.prompts import render
 
 __all__ = ["estimate"]
 

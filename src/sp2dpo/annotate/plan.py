@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sp2dpo.annotate.prompts import PromptPack, render
 from sp2dpo.calls import Cell
 from sp2dpo.hashing import sha256_json
 from sp2dpo.llm import Request
+from sp2dpo.prompts import PromptPack, render
 
 __all__ = ["Question", "open_questions", "request_hash"]
 

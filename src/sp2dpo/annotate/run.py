@@ -32,7 +32,8 @@ from sp2dpo.tables import write_manifest
 __all__ = ["Account", "annotate"]
 
 BREAKER = 20
-"""So many attempts in a row without any answer from an endpoint, and it is asked no more in this run."""
+"""So many attempts in a row without any answer from an endpoint, or four for each call in flight if that is more, and
+it is asked no more in this run."""
 
 
 @dataclass
@@ -71,7 +72,9 @@ def annotate(
     """
     settings = run.process.settings
     pairs = read_pairs(run.pairs, "sp2dpo annotate PROCESS.yaml").slice(0, limit).to_pylist()
-    engines = [_Engine(run, annotator, http_client) for annotator in settings.panel.annotators]
+    engines = [
+        _Engine(run, annotator, http_client, max(BREAKER, 4 * concurrency)) for annotator in settings.panel.annotators
+    ]
     names = [annotator.name for annotator in settings.panel.annotators]
     wanted = {(pair["pair_id"], name, v) for pair in pairs for name in names for v in settings.panel.variants}
     account = Account(questions=len(wanted))
@@ -79,10 +82,12 @@ def annotate(
         if reuse is not None:
             account.reused = _take_over(log, reuse / "calls.sqlite", _open(run, pairs, engines, log), engines)
         questions = list(_open(run, pairs, engines, log))
-        with Progress("annotate", len(questions)) as progress:
-            asyncio.run(_ask_all(engines, questions, log, account, progress, concurrency))
-        account.valid = len(wanted & log.valid_cells())
-        _write_manifest(run, log, account)
+        try:
+            with Progress("annotate", len(questions)) as progress:
+                asyncio.run(_ask_all(engines, questions, log, account, progress, concurrency))
+        finally:
+            account.valid = len(wanted & log.valid_cells())
+            _write_manifest(run, log, account)
     return account
 
 
@@ -94,7 +99,8 @@ def _open(run: Run, pairs: Sequence[Mapping[str, Any]], engines: Sequence[_Engin
 class _Engine:
     """One annotator of the panel, with the state of its breaker."""
 
-    def __init__(self, run: Run, annotator: Annotator, http_client: Any) -> None:
+    def __init__(self, run: Run, annotator: Annotator, http_client: Any, breaker: int) -> None:
+        self.breaker = breaker
         self.annotator = annotator
         self.decoding = run.process.settings.panel.decoding
         self.silent = 0
@@ -120,7 +126,7 @@ class _Engine:
         self.silent = self.silent + 1 if silent else 0
         if reply.failure == "no_access":
             self.stopped = f"HTTP {reply.http_status}: {reply.error}"
-        elif self.silent >= BREAKER:
+        elif self.silent >= self.breaker:
             self.stopped = (
                 f"{self.silent} attempts in a row without an answer; the last: {reply.failure}, {reply.error}"
             )

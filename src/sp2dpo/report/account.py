@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.csv
 
 from sp2dpo.llm import FAILURES
 from sp2dpo.pairs.prepare import STRUCTURAL
@@ -19,6 +18,7 @@ from sp2dpo.reply import INVALID
 from sp2dpo.report.data import Evidence
 from sp2dpo.report.tally import Tally
 from sp2dpo.schedule import EXCLUDED_SCHEMA
+from sp2dpo.stages import read_excluded
 from sp2dpo.tables import read_manifest
 
 __all__ = ["NOTES", "Part", "Sum", "accounts", "notes_of_pairs"]
@@ -117,11 +117,8 @@ def _failure(kind: str) -> str:
 
 
 def _excluded(evidence: Evidence) -> pa.Table:
-    path = evidence.run.excluded
-    if not path.is_file():
-        return EXCLUDED_SCHEMA.empty_table()
-    types = {field.name: field.type for field in EXCLUDED_SCHEMA}
-    return pa.csv.read_csv(path, convert_options=pa.csv.ConvertOptions(column_types=types, strings_can_be_null=True))
+    run = evidence.run
+    return read_excluded(run) if run.excluded.is_file() else EXCLUDED_SCHEMA.empty_table()
 
 
 def _reasons(excluded: pa.Table, stage: str) -> Counter[Any]:

@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 SHOWN = 5
-MOST_REVERSED = 60
+MOST_REVERSED = 30
 
 
 @dataclass(frozen=True)

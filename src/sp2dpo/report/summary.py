@@ -36,10 +36,9 @@ def warnings(evidence: Evidence) -> list[str]:
     """What must be known before any number is read."""
     settings = evidence.run.process.settings
     toy = [_TOY] if settings.student and settings.student.model == "toy" else []
-    recorded = [a for a in settings.panel.annotators if a.kind == "recorded"]
-    return toy + [
-        f"The answers of annotator “{a.name}” are recorded ({a.model}); no model was asked." for a in recorded
-    ]
+    names = [f"{a.name} (model: {a.model})" for a in settings.panel.annotators if a.kind == "recorded"]
+    recorded = [f"Recorded answers, for which no model was asked in this run: {', '.join(names)}."] if names else []
+    return toy + recorded
 
 
 _TOY = (

@@ -72,7 +72,10 @@ def _read(where: Path | Traversable, name: str) -> str:
     file = where.joinpath(f"{name}.txt")
     if not file.is_file():
         raise ProcessError(f"panel.prompts: {where} has no {name}.txt")
-    text = file.read_text(encoding="utf-8")
+    try:
+        text = file.read_bytes().decode("utf-8")  # as it is, line ends too
+    except UnicodeDecodeError as error:
+        raise ProcessError(f"panel.prompts: {where}/{name}.txt is not UTF-8: {error}") from error
     if not text.strip():
         raise ProcessError(f"panel.prompts: {where}/{name}.txt is empty")
     return text
