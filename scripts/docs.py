@@ -30,7 +30,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from typer.testing import CliRunner
 
-from sp2dpo import calls, cli, gaps, llm, process, prompts, reply, rubric, schedule
+from sp2dpo import calls, cli, gaps, llm, prompts, reply, rubric, schedule, settings
 from sp2dpo.pairs import store
 from sp2dpo.pairs.filters import FILTERS
 from sp2dpo.pairs.prepare import STRUCTURAL
@@ -289,7 +289,7 @@ def _schedule_rows() -> list[tuple[str, str, str]]:
     pair = pa.table({"pair_id": ["p"], "prompt_id": ["p"]})
     gap = dict(zip(gaps.GAPS_SCHEMA.names, ("p", "A", "V", "Style", 0.5, 0.5, 0.25), strict=True))
     made = schedule.schedule_table(
-        pair, pa.Table.from_pylist([gap], schema=gaps.GAPS_SCHEMA), ("A",), ("V",), process.Schedule()
+        pair, pa.Table.from_pylist([gap], schema=gaps.GAPS_SCHEMA), ("A",), ("V",), settings.Schedule()
     )
     kinds = _types(made.schema)
     return [(f"`{name}`", kinds[name], text) for name, text in schedule.columns_of(("A",), ("V",)).items()]
@@ -349,10 +349,10 @@ def process_page() -> str:
     meaning = words("marker", markers)
     return page(
         "process.md",
-        sections=list(_sections(process.ProcessFile, "")),
-        dpo_keys=len(process.train_keys("dpo")),
-        lora_keys=len(process.train_keys("lora")),
-        set_by_run=", ".join(f"`{name}`" for name in process._SET_BY_RUN),
+        sections=list(_sections(settings.ProcessFile, "")),
+        dpo_keys=len(settings.train_keys("dpo")),
+        lora_keys=len(settings.train_keys("lora")),
+        set_by_run=", ".join(f"`{name}`" for name in settings.SET_BY_RUN),
         aliases=[(category, ", ".join(f"`{name}`" for name in names)) for category, names in aliases],
         markers=[(" or ".join(f"`{{{name}}}`" for name in names), meaning[text]) for text, names in markers.items()],
     )
@@ -448,7 +448,7 @@ def keys_json() -> str | None:
         from trl import DPOConfig
     except ModuleNotFoundError:
         return None
-    dpo = {name: kind for name, kind in _field_kinds(DPOConfig).items() if name not in process._SET_BY_RUN}
+    dpo = {name: kind for name, kind in _field_kinds(DPOConfig).items() if name not in settings.SET_BY_RUN}
     return json.dumps({"dpo": dpo, "lora": _field_kinds(LoraConfig)}, indent=1, sort_keys=True) + "\n"
 
 

@@ -9,10 +9,15 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import settings
 
 from sp2dpo.process import load_process
 from sp2dpo.runs import Run, open_run
 from sp2dpo.stages import prepare_run
+
+# No deadlines: a busy machine is no defect. The same examples every time, so that a failure can be seen again.
+settings.register_profile("project", deadline=None, derandomize=True)
+settings.load_profile("project")
 
 KEY = "sk-recognise-me-0123456789"
 GOOD = '{"semantic_gap_category": "Style", "semantic_gap_magnitude": 0.5, "semantic_gap_confidence": 0.4}'

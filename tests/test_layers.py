@@ -17,7 +17,7 @@ SOURCE = Path(sp2dpo.__file__).parent
 LAYERS = {
     0: ("errors", "hashing", "tables", "progress"),
     1: ("rubric", "reply", "ensemble", "temperature", "loss", "rlhf", "score", "cost"),
-    2: ("prompts", "process", "pairs", "calls", "llm", "runs"),
+    2: ("settings", "prompts", "process", "pairs", "calls", "llm", "runs"),
     3: ("annotate",),
     4: ("gaps", "schedule"),
     5: ("stages", "verify", "train", "report"),

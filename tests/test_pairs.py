@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sp2dpo.errors import DataError, RunDirError
 from sp2dpo.hashing import sha256_file, sha256_json
 from sp2dpo.pairs import MESSAGES, PAIRS_SCHEMA, Prepared, pair_id, prepare, read_pairs, write_prepared
-from sp2dpo.process import DataSettings
+from sp2dpo.settings import DataSettings
 from sp2dpo.tables import is_current, read_manifest
 
 DEFAULT = ("duplicate_prompt_id", "empty_field")

@@ -19,7 +19,7 @@ from huggingface_hub import constants
 from sp2dpo.errors import DataError
 from sp2dpo.pairs import prepare
 from sp2dpo.pairs.load import Rows, read_source
-from sp2dpo.process import DataSettings
+from sp2dpo.settings import DataSettings
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -18,7 +18,6 @@ from report_runs import HOSTILE, by_number, judged, make_run, pair, put_margins
 from sp2dpo.calls import Call, open_calls
 from sp2dpo.errors import RunDirError
 from sp2dpo.hashing import sha256_file
-from sp2dpo.process import Price
 from sp2dpo.report.account import Part, Sum, accounts
 from sp2dpo.report.agreement import between_prompts, correlation
 from sp2dpo.report.build import build_report
@@ -30,6 +29,7 @@ from sp2dpo.report.sections import category_rows, extremes, most_disagreed, reve
 from sp2dpo.report.tally import Tally, spend, tally_calls
 from sp2dpo.report.training import courses, curve, ends, step_edges
 from sp2dpo.runs import Run
+from sp2dpo.settings import Price
 from sp2dpo.tables import read_manifest
 
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from sp2dpo.calls import Call, Cell
 from sp2dpo.errors import Unfinished
 from sp2dpo.gaps import GAPS_SCHEMA
-from sp2dpo.process import Panel, Schedule
 from sp2dpo.schedule import EXCLUDED_SCHEMA, columns_of, excluded_table, schedule_table
+from sp2dpo.settings import Panel, Schedule
 from sp2dpo.temperature import random_beta
 
 PANEL = (["qwen", "openai", "gemini"], ["v1", "v2", "v3"])

@@ -14,9 +14,10 @@ import yaml
 
 from sp2dpo.annotate.run import annotate
 from sp2dpo.errors import MissingExtra, ProcessError, ScheduleError
-from sp2dpo.process import Train, load_process
+from sp2dpo.process import load_process
 from sp2dpo.runs import Run, open_run
 from sp2dpo.schedule import EXCLUDED_SCHEMA
+from sp2dpo.settings import Train
 from sp2dpo.stages import prepare_run, schedule_run
 from sp2dpo.train.data import check_cover, training_table
 from sp2dpo.train.run import check_settings, train_run

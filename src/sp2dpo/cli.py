@@ -97,7 +97,7 @@ def prepare(
     from sp2dpo.hashing import sha256_path
     from sp2dpo.pairs import prepare as prepare_pairs
     from sp2dpo.pairs import write_prepared
-    from sp2dpo.process import DataSettings
+    from sp2dpo.settings import DataSettings
 
     names = tuple(name.strip() for name in filters.split(",") if name.strip())
     data = DataSettings(source=source, revision=revision, split=split, files=files, filters=names)

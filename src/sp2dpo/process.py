@@ -1,317 +1,26 @@
-"""The process file (λ): YAML to frozen, strict settings, pinned and hashed. Sec. 1, J.1, J.2.
+"""The process file (λ): YAML to settings, pinned and hashed. Sec. 1, J.1, J.2.
 
-Whatever changes the artifact is here and in the hash; what changes only speed or extent is a flag of a command.
-Knows nothing of run directories.
+Whatever changes the artifact is in it and in the hash; what changes only speed or extent is a flag of a command.
+Knows nothing of run directories but how to read back their `process.yaml`.
 """
 
 from __future__ import annotations
 
-import datetime
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
-from urllib.parse import urlsplit
+from typing import Any
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    Strict,
-    StringConstraints,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import ValidationError
 
 from sp2dpo.errors import ProcessError, nearest
 from sp2dpo.hashing import sha256_json, sha256_path
 from sp2dpo.prompts import PromptPack, load_pack
-from sp2dpo.temperature import BETA_MAX, BETA_MIN
+from sp2dpo.settings import SECTIONS, DataSettings, ProcessFile, Student
 
-__all__ = [
-    "Annotator",
-    "DataSettings",
-    "Decoding",
-    "Endpoint",
-    "Process",
-    "ProcessFile",
-    "is_hub_id",
-    "load_process",
-    "process_of",
-]
-
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-Number = Annotated[float, Strict()]
-Whole = Annotated[int, Strict()]
-
-
-def _address(url: str) -> str:
-    """An address without secrets in it; the message does not repeat what was given."""
-    try:
-        parts = urlsplit(url)
-        ok = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        ok = False
-    if not ok:
-        raise ValueError("a base_url must be like https://host/v1 or http://127.0.0.1:8000/v1")
-    if parts.username or parts.password:
-        raise ValueError("a base_url must not hold a user or password; name the variable of the key in api_key_env")
-    return url
-
-
-def _variable(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-        raise ValueError("api_key_env must be the name of an environment variable, such as OPENAI_API_KEY, not the key")
-    return name
-
-
-Address = Annotated[str, AfterValidator(_address)]
-Variable = Annotated[str, AfterValidator(_variable)]
-
-
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class DataSettings(_Settings):
-    """Which preference pairs, from where, and which of them are dropped."""
-
-    source: str = Field(description="hub id, folder, .parquet, .jsonl, .jsonl.gz, .json or .csv")
-    revision: str | None = Field(None, description="commit of the hub dataset; required for a hub id")
-    split: str | None = Field(None, description="picks the files of a folder or hub dataset, e.g. train_prefs")
-    files: str | None = Field(None, description="glob that picks files of a folder or hub dataset")
-    columns: dict[str, str] = Field({}, description="this project's column name: the source's name")
-    filters: tuple[str, ...] = Field(
-        ("duplicate_prompt_id", "empty_field"), description="reasons for which a row is dropped, in this order"
-    )
-
-
-class Price(_Settings):
-    """USD per million tokens, and when that was the price."""
-
-    input: Number = Field(ge=0, description="USD per million input tokens")
-    output: Number = Field(ge=0, description="USD per million output tokens")
-    as_of: datetime.date = Field(description="day of that price")
-
-
-class Endpoint(_Settings):
-    """A model behind an OpenAI-compatible endpoint."""
-
-    name: Name = Field(description="how reports call it")
-    model: str = Field(description="identifier sent to the endpoint; a dated snapshot where there is one")
-    base_url: Address = Field(description="https://…/v1")
-    api_key_env: Variable | None = Field(None, description="the variable that holds the key, never the key")
-    price: Price | None = Field(None, description="without it, cost is unknown")
-
-
-class Decoding(_Settings):
-    """The settings of Table 6, the same for all annotators. What is null, or off, is not sent."""
-
-    temperature: Number = Field(0.1, ge=0, description="of sampling")
-    top_p: Number = Field(0.8, gt=0, le=1, description="nucleus sampling")
-    top_k: Whole | None = Field(None, description="null: not sent")
-    max_tokens: Whole = Field(64, ge=1, description="output cap; a reasoning model spends it on hidden tokens too")
-    max_output_tokens: Whole | None = Field(None, description="the same cap where an endpoint names it so")
-    seed: Whole | None = Field(42, description="best effort, where the endpoint takes one")
-    frequency_penalty: Number = Field(0.0, description="0: off")
-    presence_penalty: Number = Field(0.0, description="0: off")
-    repetition_penalty: Number = Field(1.0, description="1: off, and then not sent")
-    n: Literal[1] = Field(1, description="one answer a call")
-    stop: tuple[str, ...] | None = Field(None, description="null: not sent")
-    timeout: Number = Field(180, gt=0, description="seconds")
-    retry_attempts: Whole = Field(3, ge=0, description="after the first attempt")
-    retry_delay_base: Number = Field(5, ge=0, description="seconds; doubled at every retry, with jitter")
-
-
-class Annotator(_Settings):
-    """A teacher: an endpoint (`chat_json`), or answers that are already there (`recorded`)."""
-
-    name: Name = Field(description="part of column names")
-    kind: Literal["chat_json", "recorded"] = Field(
-        "chat_json", description="asked over the network, or answers that are already there"
-    )
-    model: str = Field(description="identifier sent to the endpoint; a dated snapshot where there is one")
-    base_url: Address | None = Field(None, description="https://…/v1; required for chat_json")
-    api_key_env: Variable | None = Field(None, description="the variable that holds the key, never the key")
-    price: Price | None = Field(None, description="without it, cost is unknown")
-    response_format: Literal["none", "json_object", "json_schema"] = Field(
-        "none", description="how the endpoint is asked to enforce JSON"
-    )
-    omit: tuple[str, ...] = Field((), description="decoding settings that the model refuses; recorded as not sent")
-    extra: dict[str, Any] = Field({}, description="further parameters sent as they are, e.g. reasoning_effort")
-    calls: str | None = Field(None, description="recorded: a calls.sqlite or .jsonl of answers")
-
-    @field_validator("omit")
-    @classmethod
-    def _settings_to_omit(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        for name in names:
-            if name not in Decoding.model_fields:
-                raise ValueError(f"'{name}' is no decoding setting{nearest(name, Decoding.model_fields)}")
-        return names
-
-    @field_validator("extra")
-    @classmethod
-    def _not_the_question_itself(cls, params: dict[str, Any]) -> dict[str, Any]:
-        for name in ("model", "messages", "stream"):
-            if name in params:
-                raise ValueError(f"extra must not hold '{name}': it would change what is asked")
-        return params
-
-    @model_validator(mode="after")
-    def _kind_has_its_source(self) -> Annotator:
-        needs, other = ("base_url", "calls") if self.kind == "chat_json" else ("calls", "base_url")
-        if getattr(self, needs) is None:
-            raise ValueError(f"annotator '{self.name}' is of kind {self.kind}, which needs the key '{needs}'")
-        if getattr(self, other) is not None:
-            raise ValueError(f"annotator '{self.name}' is of kind {self.kind}, which takes no '{other}'")
-        return self
-
-
-class Panel(_Settings):
-    """Annotators × prompt variants."""
-
-    prompts: str = Field("builtin", description="the built-in pack, or a folder with v1.txt v2.txt v3.txt user.txt")
-    variants: tuple[Name, ...] = Field(("v1", "v2", "v3"), min_length=1, description="one file of the pack each")
-    annotators: tuple[Annotator, ...] = Field(min_length=1, description="the teachers")
-    decoding: Decoding = Field(Decoding(), description="sampling and retries")
-
-    @model_validator(mode="after")
-    def _names_differ(self) -> Panel:
-        for what, names in (("annotators", [a.name for a in self.annotators]), ("variants", list(self.variants))):
-            twice = sorted({name for name in names if names.count(name) > 1})
-            if twice:
-                raise ValueError(f"two {what} have the same name: {', '.join(twice)}")
-        columns = [f"beta_{name}_{v}" for name in (*names_of(self), "annotators_mean") for v in (*self.variants, "ens")]
-        columns += [f"beta_{name}_ens_tie_break" for name in names_of(self)]
-        same = [column for column in columns if columns.count(column) > 1]
-        if same:
-            raise ValueError(f"names of annotators and variants collide in the column '{same[0]}'; rename one of them")
-        return self
-
-
-def names_of(panel: Panel) -> list[str]:
-    """Names of the annotators, in order."""
-    return [annotator.name for annotator in panel.annotators]
-
-
-class Schedule(_Settings):
-    """How judgements become β."""
-
-    method: Literal["sp2dpo"] = Field("sp2dpo", description="how β is made")
-    over_prompts: Literal["median"] = Field("median", description="eq. 16")
-    over_annotators: Literal["mean"] = Field("mean", description="eq. 17")
-    beta_min: Number = Field(BETA_MIN, gt=0, description="β of a gap of 0")
-    beta_max: Number = Field(BETA_MAX, description="β of a gap of 1")
-    random_seed: Whole = Field(42, description="of the Rand-β control")
-
-    @model_validator(mode="after")
-    def _envelope_is_ordered(self) -> Schedule:
-        if self.beta_max < self.beta_min:
-            raise ValueError(f"beta_max {self.beta_max} is below beta_min {self.beta_min}")
-        return self
-
-
-class Student(_Settings):
-    """The model that is trained."""
-
-    model: str = Field(description="hub id, folder, or 'toy': a tiny model made in the run")
-    revision: str | None = Field(None, description="commit of the model; required for a hub id")
-
-
-class Train(BaseModel):
-    """`methods`, `beta`, `max_prompt_length`, and any key of `trl.DPOConfig` or `peft.LoraConfig` by its own name."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-    methods: tuple[Literal["dpo", "rand_beta", "sp2dpo"], ...] = Field(
-        ("sp2dpo",), min_length=1, description="trained one after the other from the same schedule"
-    )
-    beta: Number = Field(0.1, gt=0, description="the one β of plain DPO, method `dpo`")
-    max_prompt_length: Whole | None = Field(None, ge=1, description="a longer prompt keeps its last tokens")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _keys_of_trl_and_peft(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping):
-            return values
-        known = {**dict.fromkeys(cls.model_fields, "own"), **train_keys("dpo"), **train_keys("lora")}
-        for key in values:
-            if key in _SET_BY_RUN:
-                raise ValueError(f"train.{key} is set by the run directory; leave it out")
-            if key not in known:
-                raise ValueError(f"unknown key 'train.{key}'{nearest(str(key), known)}")
-            if not _has_type(values[key], known[key]):
-                raise ValueError(f"train.{key} is {values[key]!r}; it must be of type {known[key]}")
-        lora = [key for key in values if key in train_keys("lora")]
-        if lora and "r" not in values:
-            raise ValueError(f"train.{lora[0]} is a LoRA setting, and there is no 'r'; give the rank, or drop that key")
-        return values
-
-
-class Evaluate(_Settings):
-    """Benchmarks and their judge, which must not be one of the annotators."""
-
-    judge: Endpoint | None = Field(None, description="the LLM that scores")
-
-
-class Report(_Settings):
-    """What the report shows beyond the run itself."""
-
-    known_reversed: str | None = Field(
-        None, description="a true/false column of the source that marks pairs known to point the wrong way"
-    )
-
-
-class ProcessFile(_Settings):
-    """λ: every decision that shapes the artifact and the training run."""
-
-    name: Name = Field(description="names the run directory, runs/<name>")
-    data: DataSettings = Field(description="the preference pairs")
-    panel: Panel = Field(description="who is asked, and how")
-    schedule: Schedule = Field(Schedule(), description="how judgements become β")
-    student: Student | None = Field(None, description="the model to train; goes with train")
-    train: Train | None = Field(None, description="how it is trained; goes with student")
-    evaluate: Evaluate = Field(Evaluate(), description="benchmarks and their judge")
-    report: Report = Field(Report(), description="what the report shows beyond the run")
-
-    @model_validator(mode="after")
-    def _judge_is_no_annotator(self) -> ProcessFile:
-        judge = self.evaluate.judge
-        for annotator in self.panel.annotators:
-            if judge and annotator.model.casefold() == judge.model.casefold():
-                raise ValueError(
-                    f"evaluate.judge is {judge.model}, which is also the annotator '{annotator.name}': a judge must "
-                    "not score what it taught; choose another judge"
-                )
-        if (self.student is None) != (self.train is None):
-            raise ValueError("'student' and 'train' go together: give both, or neither to stop at the schedule")
-        return self
-
-
-def _has_type(value: Any, kind: str) -> bool:
-    """Whether a value fits a numeric or true/false field; other kinds are left to TRL and PEFT."""
-    if kind == "float":
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if kind == "int":
-        return isinstance(value, int) and not isinstance(value, bool)
-    return kind != "bool" or isinstance(value, bool)
-
-
-_SET_BY_RUN: Final = ("output_dir", "logging_dir", "run_name", "hub_model_id")
-
-
-@cache
-def train_keys(owner: Literal["dpo", "lora"]) -> dict[str, str]:
-    """Names and types of the fields of `trl.DPOConfig` or `peft.LoraConfig`, from data, so that no torch is needed."""
-    text = resources.files("sp2dpo").joinpath("train/keys.json").read_text(encoding="utf-8")
-    keys: dict[str, dict[str, str]] = json.loads(text)
-    return keys[owner]
+__all__ = ["Process", "is_hub_id", "load_process", "process_of"]
 
 
 @dataclass(frozen=True)
@@ -421,11 +130,8 @@ def _fields_at(loc: tuple[Any, ...]) -> list[str]:
         if isinstance(part, int):
             continue
         annotation = str(model.model_fields[part].annotation) if part in model.model_fields else ""
-        model = next((m for m in _MODELS if re.search(rf"\b{m.__name__}\b", annotation)), model)
+        model = next((m for m in SECTIONS if re.search(rf"\b{m.__name__}\b", annotation)), model)
     return list(model.model_fields)
-
-
-_MODELS: Final = (DataSettings, Price, Annotator, Endpoint, Decoding, Panel, Schedule, Student, Evaluate, Report)
 
 
 def _pin(settings: ProcessFile, base: Path) -> Process:

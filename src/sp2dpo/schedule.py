@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from sp2dpo.calls import Call, Cell
 from sp2dpo.ensemble import annotator_mad, annotator_std, majority_category, median_over_prompts, prompt_disagreement
 from sp2dpo.errors import Unfinished
-from sp2dpo.process import Schedule
+from sp2dpo.settings import Schedule
 from sp2dpo.tables import schema_of
 from sp2dpo.temperature import envelope, mean_over_annotators, random_beta
 

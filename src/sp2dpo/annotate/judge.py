@@ -12,8 +12,8 @@ from sp2dpo.calls import Call
 from sp2dpo.cost import cost_usd
 from sp2dpo.hashing import canonical_json
 from sp2dpo.llm import Reply
-from sp2dpo.process import Annotator
 from sp2dpo.reply import Parsed, parse_reply
+from sp2dpo.settings import Annotator
 
 __all__ = ["call_row"]
 

@@ -24,9 +24,9 @@ from sp2dpo.llm import Answerer, Reply
 from sp2dpo.llm.openai_chat import OpenAIChat, params_requested, params_sent
 from sp2dpo.llm.recorded import Recording, read_recording
 from sp2dpo.pairs import read_pairs
-from sp2dpo.process import Annotator
 from sp2dpo.progress import Progress
 from sp2dpo.runs import Run
+from sp2dpo.settings import Annotator
 from sp2dpo.tables import write_manifest
 
 __all__ = ["Account", "annotate"]

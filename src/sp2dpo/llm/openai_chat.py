@@ -12,9 +12,9 @@ from typing import Any, Final
 
 from sp2dpo.errors import ProcessError
 from sp2dpo.llm import Reply, Request, storable
-from sp2dpo.process import Annotator, Decoding
 from sp2dpo.reply import KEYS
 from sp2dpo.rubric import CATEGORIES
+from sp2dpo.settings import Annotator, Decoding
 
 __all__ = ["OpenAIChat", "params_requested", "params_sent"]
 

@@ -13,7 +13,7 @@ from sp2dpo.pairs.formats import Row, is_readable, read_file
 from sp2dpo.pairs.hub import download, file_names, is_hub_id
 
 if TYPE_CHECKING:
-    from sp2dpo.process import DataSettings
+    from sp2dpo.settings import DataSettings
 
 __all__ = ["Rows", "read_source"]
 

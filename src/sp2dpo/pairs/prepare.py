@@ -24,7 +24,7 @@ from sp2dpo.pairs.schemas import RawPair, read_row, schema_of
 from sp2dpo.pairs.store import DROPPED_SCHEMA, PAIRS_SCHEMA
 
 if TYPE_CHECKING:
-    from sp2dpo.process import DataSettings
+    from sp2dpo.settings import DataSettings
 
 __all__ = ["STRUCTURAL", "Prepared", "pair_id", "prepare"]
 

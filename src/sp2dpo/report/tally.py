@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from itertools import product
 
 from sp2dpo.calls import Call, Cell
-from sp2dpo.process import Annotator
 from sp2dpo.report.data import Evidence
+from sp2dpo.settings import Annotator
 
 __all__ = ["Served", "Spent", "Tally", "spend", "tally_calls"]
 

@@ -18,8 +18,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from sp2dpo.errors import ProcessError, ScheduleError
 from sp2dpo.hashing import sha256_file, sha256_path
 from sp2dpo.pairs import read_pairs
-from sp2dpo.process import Train, train_keys
 from sp2dpo.runs import Run
+from sp2dpo.settings import Train, train_keys
 from sp2dpo.stages import read_excluded, read_schedule
 from sp2dpo.tables import is_current, read_manifest, write_atomic, write_manifest, write_table
 from sp2dpo.train.data import check_cover, training_table
