@@ -131,6 +131,16 @@ def test_the_reversed_pairs_are_told_from_the_others(tmp_path: Path) -> None:
     assert (found.n, found.n_others, found.fooled) == (2, 8, 1)
 
 
+def test_marks_and_texts_stay_with_their_pair_when_an_earlier_one_is_left_out(tmp_path: Path) -> None:
+    rows = [pair(n, wrong=n == 3) for n in range(5)]
+    run = make_run(tmp_path, rows, lambda n, a, v: by_number(n, a, v) if n else "", known_reversed="wrong")
+    evidence = read_evidence(run)
+    marks = read_marks(evidence)
+    assert marks.reversed_i.tolist() == [False, False, True, False]
+    assert (marks.in_source, marks.n) == (1, 1)
+    assert card(evidence, 2).chosen[0].text.strip() == "Good answer 3"
+
+
 def test_a_column_that_is_not_there_or_not_true_and_false_is_named(tmp_path: Path) -> None:
     for number, (column, told) in enumerate({"nowhere": "no column 'nowhere'", "note": "holds string"}.items()):
         run = make_run(tmp_path / str(number), ten(note="x"), known_reversed=column)
@@ -158,6 +168,22 @@ def test_two_prompts_are_compared_pair_by_pair(tmp_path: Path) -> None:
     assert one.correlation == pytest.approx(1.0)
     assert one.difference == pytest.approx(0.2)
     assert one.same_category == 3 / 4
+
+
+def test_in_short_tells_the_range_of_beta_and_how_many_pairs_are_judged_far_apart(tmp_path: Path) -> None:
+    def answer(n: int, annotator: str, variant: str) -> str:
+        return judged(
+            "Style" if n else "Safety", {0: 1.0, 1: 0.0}.get(n, 0.5), 0.5 if (n, variant) == (2, "v3") else 1.0
+        )
+
+    text = page_of(make_run(tmp_path, [pair(n) for n in range(4)], answer)).text
+    # medians 1, 0, 0.5, 0.5; judgements of pair 2 alone differ, by 0.25
+    assert "β runs from 0.0300 to 0.3000, mean 0.1650, in the envelope [0.03, 0.3]." in text
+    assert "The highest mean β has Safety (0.300, n = 1), the lowest Style (0.120, n = 3)." in text
+    assert (
+        "lie 0.000 apart in effective gap (range, median over pairs); in 25% of pairs they lie more than 0.2 apart."
+        in text
+    )
 
 
 # Accounts

@@ -10,7 +10,7 @@ import sqlite3
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from hashlib import sha256
 from pathlib import Path
 from typing import Final
@@ -136,7 +136,7 @@ class CallLog:
         """sha256 over all rows in order; the same for equal content, whatever the file looks like inside."""
         digest = sha256()
         for call in self:
-            digest.update(canonical_json(asdict(call)).encode() + b"\n")
+            digest.update(canonical_json(vars(call)).encode() + b"\n")
         return digest.hexdigest()
 
 

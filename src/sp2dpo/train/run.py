@@ -48,9 +48,10 @@ def check_settings(train: Train) -> None:
     """
     args = _arguments(train)
     try:
-        PairwiseDPOConfig(output_dir="unused", **args["dpo"])
-        if args["lora"]:
-            LoraConfig(**args["lora"])
+        with quiet():
+            PairwiseDPOConfig(output_dir="unused", **args["dpo"])
+            if args["lora"]:
+                LoraConfig(**args["lora"])
     except (ValueError, TypeError, ImportError) as error:
         raise ProcessError(f"train: TRL or PEFT refuses these settings: {error}") from error
 
