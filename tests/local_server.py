@@ -6,7 +6,7 @@ which of the valid answers it gives depends on the prompt and means nothing. Wit
 
 In a test: `with local_server(tmp_path) as base_url: ...`. By hand, until Ctrl-C, to try `sp2dpo` against it:
 
-    python tests/local_server.py --port 8712 --workdir /tmp/local-server
+    python tests/local_server.py --port 8712 --workdir DIR
 """
 
 from __future__ import annotations

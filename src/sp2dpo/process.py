@@ -17,10 +17,12 @@ from pydantic import ValidationError
 
 from sp2dpo.errors import ProcessError, nearest
 from sp2dpo.hashing import sha256_json, sha256_path
+from sp2dpo.pairs.formats import is_readable
+from sp2dpo.pairs.hub import is_hub_id
 from sp2dpo.prompts import PromptPack, load_pack
 from sp2dpo.settings import SECTIONS, DataSettings, ProcessFile, Student
 
-__all__ = ["Process", "is_hub_id", "load_process", "process_of"]
+__all__ = ["Process", "load_process", "process_of"]
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,9 @@ class Process:
     lambda_hash: str
 
 
-def is_hub_id(source: str, base: Path) -> bool:
+def _on_hub(source: str, base: Path) -> bool:
     """Whether `source` is `org/name`, and neither an existing path below `base` nor the name of a data file."""
-    is_file = source.lower().endswith((".parquet", ".jsonl", ".json", ".csv", ".gz", ".yaml", ".txt"))
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", source)) and not is_file and not (base / source).exists()
+    return is_hub_id(source) and not is_readable(source) and not (base / source).exists()
 
 
 class _Yaml(yaml.SafeLoader):
@@ -65,13 +66,7 @@ def load_process(path: Path) -> Process:
     """
     if not path.is_file():
         raise ProcessError(f"{path}: no such process file")
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Yaml)  # noqa: S506 (a SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ProcessError(f"{path} is not readable YAML: {error}") from error
-    if not isinstance(raw, dict):
-        raise ProcessError(f"{path} holds no keys; a process file begins with name, data and panel")
-    return _pin(_validated(raw, str(path)), path.resolve().parent)
+    return _pin(_validated(_read(path), str(path)), path.resolve().parent)
 
 
 def process_of(run_dir: Path) -> Process:
@@ -83,11 +78,8 @@ def process_of(run_dir: Path) -> Process:
     path = run_dir / "process.yaml"
     if not path.is_file():
         raise ProcessError(f"{run_dir} is no run directory: it has no process.yaml")
-    try:
-        resolved = yaml.load(path.read_text(encoding="utf-8"), Loader=_Yaml)  # noqa: S506 (a SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ProcessError(f"{path} is not readable YAML: {error}") from error
-    if not isinstance(resolved, dict) or "lambda" not in resolved:
+    resolved = _read(path)
+    if "lambda" not in resolved:
         raise ProcessError(f"{path} was not written by a run (it has no λ); {run_dir} is no run directory")
     stored = resolved.pop("lambda")
     if stored != sha256_json(resolved):
@@ -95,6 +87,16 @@ def process_of(run_dir: Path) -> Process:
     settings = _validated({key: value for key, value in resolved.items() if key != "pins"}, str(path))
     pack = load_pack(run_dir / "prompts", settings.panel.variants)
     return Process(settings, run_dir, pack, resolved, stored)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        keys = yaml.load(path.read_text(encoding="utf-8"), Loader=_Yaml)  # noqa: S506 (a SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ProcessError(f"{path} is not readable YAML: {error}") from error
+    if not isinstance(keys, dict):
+        raise ProcessError(f"{path} holds no keys; a process file begins with name, data and panel")
+    return keys
 
 
 def _validated(raw: dict[str, Any], where: str) -> ProcessFile:
@@ -152,7 +154,7 @@ def _pin(settings: ProcessFile, base: Path) -> Process:
 
 
 def _pin_source(data: DataSettings, base: Path) -> str:
-    if not is_hub_id(data.source, base):
+    if not _on_hub(data.source, base):
         return _pin_file(base / data.source, "data.source")
     if data.revision is None:
         raise ProcessError(
@@ -176,7 +178,7 @@ def _pin_student(student: Student, base: Path) -> str:
         files = [path for path in sorted((base / student.model).rglob("*")) if path.is_file()]
         sizes = {path.name: path.stat().st_size for path in files}
         return sha256_json([sizes, {path.name: sha256_path(path) for path in files if sizes[path.name] < 2**24}])
-    if not is_hub_id(student.model, base):
+    if not _on_hub(student.model, base):
         raise ProcessError(f"student.model: {student.model} is neither a hub id (org/name), a folder, nor 'toy'")
     if student.revision is None:
         raise ProcessError(
