@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from sp2dpo.annotate.plan import Question, request_hash
+from sp2dpo.annotate.plan import request_hash
 from sp2dpo.calls import Call
 from sp2dpo.cost import cost_usd
 from sp2dpo.hashing import canonical_json
-from sp2dpo.llm import Reply
+from sp2dpo.llm import Reply, Request
 from sp2dpo.reply import Parsed, parse_reply
 from sp2dpo.settings import Annotator
 
@@ -19,7 +19,7 @@ __all__ = ["call_row"]
 
 
 def call_row(
-    question: Question,
+    request: Request,
     reply: Reply,
     annotator: Annotator,
     *,
@@ -34,15 +34,15 @@ def call_row(
     parsed = Parsed(None, problem=reply.failure) if reply.failure else parse_reply(reply.raw_text)
     gap = parsed.gap
     return Call(
-        pair_id=question.request.pair_id,
+        pair_id=request.pair_id,
         annotator=annotator.name,
-        variant=question.request.variant,
+        variant=request.variant,
         attempt=attempt,
         origin=origin,
         requested_model=annotator.model,
         served_model=reply.served_model,
         endpoint=endpoint,
-        request_hash=request_hash(endpoint, annotator.model, question.request.messages, reply.params_sent),
+        request_hash=request_hash(endpoint, annotator.model, request.messages, reply.params_sent),
         params_requested=canonical_json(dict(requested)),
         params_sent=canonical_json(dict(reply.params_sent)),
         started_at=started.astimezone(UTC).isoformat(timespec="milliseconds"),

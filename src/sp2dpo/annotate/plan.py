@@ -16,15 +16,23 @@ __all__ = ["Question", "open_questions", "request_hash"]
 
 @dataclass(frozen=True)
 class Question:
-    """A request, and how often it was asked before."""
+    """One cell of the panel, and how often it was asked before. Its text is made when it is needed, not kept."""
 
-    request: Request
+    pair: Mapping[str, Any]
     annotator: str
+    variant: str
     asked: int
+    pack: PromptPack
 
     @property
     def cell(self) -> Cell:
-        return self.request.pair_id, self.annotator, self.request.variant
+        return self.pair["pair_id"], self.annotator, self.variant
+
+    def request(self) -> Request:
+        """The question as it is put to a model."""
+        pair = self.pair
+        messages = render(self.pack, self.variant, pair["prompt"], pair["chosen"], pair["rejected"])
+        return Request(pair["pair_id"], self.variant, messages)
 
 
 def request_hash(
@@ -52,12 +60,7 @@ def open_questions(
             continue
         seen.add(pair["pair_id"])
         for variant in pack.systems:
-            cells = [(pair["pair_id"], annotator, variant) for annotator in annotators]
-            missing = [cell for cell in cells if cell not in answered]
-            if not missing:
-                continue
-            messages = render(pack, variant, pair["prompt"], pair["chosen"], pair["rejected"])
-            for pair_id, annotator, _ in missing:
-                yield Question(
-                    Request(pair_id, variant, messages), annotator, asked.get((pair_id, annotator, variant), 0)
-                )
+            for annotator in annotators:
+                cell = (pair["pair_id"], annotator, variant)
+                if cell not in answered:
+                    yield Question(pair, annotator, variant, asked.get(cell, 0), pack)

@@ -20,7 +20,7 @@ from typing import Any
 from sp2dpo.annotate.judge import call_row
 from sp2dpo.annotate.plan import Question, open_questions, request_hash
 from sp2dpo.calls import Call, CallLog, open_calls
-from sp2dpo.llm import Answerer, Reply
+from sp2dpo.llm import Answerer, Reply, Request
 from sp2dpo.llm.openai_chat import OpenAIChat, params_requested, params_sent
 from sp2dpo.llm.recorded import Recording, read_recording
 from sp2dpo.pairs import read_pairs
@@ -118,7 +118,7 @@ class _Engine:
 
     def question_hash(self, question: Question) -> str:
         sent = params_sent(self.annotator, self.decoding) if self.answerer else {}
-        return request_hash(self.endpoint, self.annotator.model, question.request.messages, sent)
+        return request_hash(self.endpoint, self.annotator.model, question.request().messages, sent)
 
     def note(self, reply: Reply) -> None:
         """Stop the annotator where going on is pointless."""
@@ -176,13 +176,13 @@ async def _ask_all(
 async def _ask(engine: _Engine, question: Question, keep: Any) -> None:
     """One question with its retries; every attempt is kept before the next step."""
     assert engine.answerer is not None
-    decoding = engine.decoding
+    decoding, request = engine.decoding, question.request()
     for retry in range(decoding.retry_attempts + 1):
         started, clock = datetime.now(UTC), time.monotonic()
-        reply = await engine.answerer.ask(question.request)
+        reply = await engine.answerer.ask(request)
         engine.note(reply)
         call = call_row(
-            question,
+            request,
             reply,
             engine.annotator,
             attempt=question.asked + retry + 1,
@@ -207,7 +207,8 @@ def _delay(base: float, retry: int, retry_after: float | None) -> float:
 def _replay(engine: _Engine, question: Question) -> Call:
     """The recorded answer to a question, or the reason why there is none."""
     assert engine.recording is not None
-    row = engine.recording.get((question.request.pair_id, question.request.variant))
+    request = question.request()
+    row = engine.recording.get((request.pair_id, request.variant))
     if row is None:
         reply, origin = Reply(failure="not_recorded"), {}
     else:
@@ -222,7 +223,7 @@ def _replay(engine: _Engine, question: Question) -> Call:
         fields: dict[str, Any] = {name: row.get(name) for name in names}
         reply, origin = Reply(**fields, http_status=row.get("http_status")), dict(row)
     call = call_row(
-        question,
+        request,
         reply,
         engine.annotator,
         attempt=question.asked + 1,
@@ -232,14 +233,12 @@ def _replay(engine: _Engine, question: Question) -> Call:
         started=datetime.now(UTC),
         latency_s=0.0,
     )
-    return _as_recorded(call, question, origin) if "request_hash" in origin else call
+    return _as_recorded(call, request, origin) if "request_hash" in origin else call
 
 
-def _as_recorded(call: Call, question: Question, row: Mapping[str, Any]) -> Call:
+def _as_recorded(call: Call, request: Request, row: Mapping[str, Any]) -> Call:
     """A call of another log: as it was logged there, if it was given to this question."""
-    asked = request_hash(
-        row["endpoint"], row["requested_model"], question.request.messages, json.loads(row["params_sent"])
-    )
+    asked = request_hash(row["endpoint"], row["requested_model"], request.messages, json.loads(row["params_sent"]))
     if asked != row["request_hash"]:
         return replace(
             call, outcome="other_question", mends="[]", category=None, magnitude=None, confidence=None, raw_text=None
