@@ -143,7 +143,7 @@ class Annotator(_Settings):
     api_key_env: Variable | None = Field(None, description="the variable that holds the key, never the key")
     price: Price | None = Field(None, description="without it, cost is unknown")
     response_format: Literal["none", "json_object", "json_schema"] = Field(
-        "none", description="how the endpoint is asked to enforce JSON"
+        "none", description="how the endpoint is asked to enforce JSON; a schema allows two decimals"
     )
     omit: tuple[str, ...] = Field((), description="decoding settings that the model refuses; recorded as not sent")
     extra: dict[str, Any] = Field({}, description="further parameters sent as they are, e.g. reasoning_effort")

@@ -13,6 +13,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from sp2dpo.progress import Progress
+
 __all__ = ["make_toy"]
 
 SEED: Final = 42
@@ -74,14 +76,16 @@ def _read(
     ids = [tokenizer.apply_chat_template(c, tokenize=True, return_dict=True)["input_ids"][:512] for c in conversations]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     batches = _batches(ids, batch)
-    for _ in range(steps):
-        rows = next(batches)
-        padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], True, tokenizer.pad_token_id)
-        mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(r), dtype=torch.long) for r in rows], True, 0)
-        loss = model(input_ids=padded, attention_mask=mask, labels=padded.masked_fill(mask == 0, -100)).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    with Progress("make the toy student", steps) as progress:
+        for _ in range(steps):
+            rows = next(batches)
+            padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], True, tokenizer.pad_token_id)
+            mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(r), dtype=torch.long) for r in rows], True, 0)
+            loss = model(input_ids=padded, attention_mask=mask, labels=padded.masked_fill(mask == 0, -100)).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            progress.advance()
 
 
 def _batches(ids: list[list[int]], batch: int) -> Iterator[list[list[int]]]:
