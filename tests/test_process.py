@@ -212,6 +212,7 @@ def test_a_key_pasted_into_the_file_is_not_repeated_in_the_message(tmp_path: Pat
     "bad",
     [
         {"base_url": "https://user:password@host/v1"},
+        {"base_url": "https://host/v1?key=secret"},
         {"base_url": "https://host:port/v1"},
         {"base_url": "https://"},
         {"api_key_env": "sk-abcdef0123456789"},

@@ -100,6 +100,18 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path: Path) -> No
     assert margins[0].equals(margins[1])
 
 
+def test_training_on_another_schedule_starts_afresh_and_keeps_the_old_model(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, {"methods": ["sp2dpo"]}) for name in ("fresh", "again")]
+    train_run(runs[1], limit=4)
+    before = (runs[1].training("sp2dpo") / "model.safetensors").read_bytes()
+    train_run(runs[0])
+    (again,) = train_run(runs[1])
+    fresh, retrained = ((run.training("sp2dpo") / "model.safetensors").read_bytes() for run in runs)
+    assert fresh == retrained != before
+    assert again.set_aside is not None
+    assert (again.set_aside / "model.safetensors").read_bytes() == before
+
+
 def test_lora_leaves_an_adapter(tmp_path: Path) -> None:
     lora = {"methods": ["sp2dpo"], "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
     run = make_run(tmp_path, lora, n=4)

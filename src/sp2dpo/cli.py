@@ -232,6 +232,8 @@ def _train(run: Run, limit: int | None, as_json: bool, *, data: bool = False) ->
 
     trained = train_run(run, limit=limit)
     for one in trained:
+        if one.set_aside:
+            say(f"          {one.folder.name} had been trained on another schedule; that is now {one.set_aside}")
         state = "already done" if one.already_done else f"{one.metrics.get('train_runtime', 0):.0f} s"
         say(f"train     {one.method}: {state}, loss {one.metrics.get('train_loss', float('nan')):.4f}  {one.folder}")
     if data:

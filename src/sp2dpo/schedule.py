@@ -6,7 +6,7 @@ Columns are the paper's, in its order, then diagnostics, then `beta`, which trai
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +19,7 @@ from sp2dpo.settings import Schedule
 from sp2dpo.tables import schema_of
 from sp2dpo.temperature import envelope, mean_over_annotators, random_beta
 
-__all__ = ["EXCLUDED_SCHEMA", "columns_of", "excluded_table", "schedule_table"]
+__all__ = ["EXCLUDED_SCHEMA", "EXCLUSIONS", "columns_of", "excluded_table", "schedule_table"]
 
 EXCLUDED_SCHEMA = schema_of(
     stage=pa.string(),
@@ -29,6 +29,12 @@ EXCLUDED_SCHEMA = schema_of(
     reason=pa.string(),
     detail=pa.string(),
 )
+
+EXCLUSIONS: Final = {
+    "no_valid_answer": "at least one question was asked and never answered validly",
+    "not_asked": "its open questions were not asked yet, for example because of --limit",
+}
+"""Reasons for which a pair has no complete set of answers."""
 
 _PER_CALL = ("category", "magnitude", "confidence", "effective_gap", "beta")
 

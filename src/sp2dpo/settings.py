@@ -62,8 +62,8 @@ def _address(url: str) -> str:
         ok = False
     if not ok:
         raise ValueError("a base_url must be like https://host/v1 or http://127.0.0.1:8000/v1")
-    if parts.username or parts.password:
-        raise ValueError("a base_url must not hold a user or password; name the variable of the key in api_key_env")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ValueError("a base_url holds no user, password or ?query; name the variable of the key in api_key_env")
     return url
 
 
@@ -222,7 +222,7 @@ class Schedule(_Settings):
 class Student(_Settings):
     """The model that is trained."""
 
-    model: str = Field(description="hub id, folder, or 'toy': a tiny model made in the run")
+    model: str = Field(description="hub id; folder (names, sizes, small files are pinned); or 'toy', made in the run")
     revision: str | None = Field(None, description="commit of the model; required for a hub id")
 
 

@@ -13,7 +13,24 @@ from typing import Any, Final
 from sp2dpo.errors import DataError, nearest
 from sp2dpo.pairs.messages import Message
 
-__all__ = ["FILTERS", "Pair", "check_filters"]
+__all__ = ["FILTERS", "REASONS", "STRUCTURAL", "Pair", "check_filters"]
+
+STRUCTURAL: Final = {
+    "unreadable": "a prompt and two responses cannot be made out",
+    "tie": "the source prefers neither response",
+    "prompts_differ": "the two responses do not answer one conversation",
+}
+"""Reasons why a row is no pair at all; they drop whatever `data.filters` says."""
+
+REASONS: Final = STRUCTURAL | {
+    "duplicate_prompt_id": "an earlier row has the same prompt_id",
+    "empty_field": "prompt, chosen or rejected is empty or white space",
+    "identical_responses": "chosen and rejected are the same",
+    "equal_scores": "the source gives both responses one score",
+    "reversed_scores": "the source scores the rejected response higher",
+    "duplicate_pair": "an earlier row has the same texts under another prompt_id",
+}
+"""Every reason for which a row of the source is left out, or noted, and what it means."""
 
 SCORES: Final = (("score_chosen", "score_rejected"), ("chosen-rating", "rejected-rating"))
 

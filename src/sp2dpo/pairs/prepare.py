@@ -9,14 +9,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from sp2dpo.errors import DataError
 from sp2dpo.hashing import sha256_json
 from sp2dpo.pairs.columns import extra_columns
-from sp2dpo.pairs.filters import FILTERS, Pair, check_filters
+from sp2dpo.pairs.filters import FILTERS, STRUCTURAL, Pair, check_filters
 from sp2dpo.pairs.load import read_source
 from sp2dpo.pairs.messages import Message
 from sp2dpo.pairs.rename import column_names, rename
@@ -26,10 +26,7 @@ from sp2dpo.pairs.store import DROPPED_SCHEMA, PAIRS_SCHEMA
 if TYPE_CHECKING:
     from sp2dpo.settings import DataSettings
 
-__all__ = ["STRUCTURAL", "Prepared", "pair_id", "prepare"]
-
-STRUCTURAL: Final = ("unreadable", "tie", "prompts_differ")
-"""Reasons why a row is no pair at all; they drop whatever `data.filters` says."""
+__all__ = ["Prepared", "pair_id", "prepare"]
 
 Dropped = dict[str, Any]
 

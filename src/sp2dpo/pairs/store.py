@@ -86,7 +86,7 @@ def _typed(table: pa.Table, field: pa.Field[Any], path: Path, made_by: str) -> p
     wrong = f"{path}: column {field.name}"
     try:
         typed = column if column.type == field.type else column.cast(field.type)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
+    except pa.ArrowException as error:
         raise DataError(f"{wrong} is {column.type}, not {field.type}; make it with: {made_by}") from error
     if typed.null_count:
         raise DataError(f"{wrong} is empty in {typed.null_count} rows; make it with: {made_by}")

@@ -13,33 +13,15 @@ from typing import Any
 import pyarrow as pa
 
 from sp2dpo.llm import FAILURES
-from sp2dpo.pairs.prepare import STRUCTURAL
+from sp2dpo.pairs.filters import REASONS
 from sp2dpo.reply import INVALID
 from sp2dpo.report.data import Evidence
 from sp2dpo.report.tally import Tally
-from sp2dpo.schedule import EXCLUDED_SCHEMA
+from sp2dpo.schedule import EXCLUDED_SCHEMA, EXCLUSIONS
 from sp2dpo.stages import read_excluded
 from sp2dpo.tables import read_manifest
 
-__all__ = ["NOTES", "Part", "Sum", "accounts", "notes_of_pairs"]
-
-_DROPPED = {
-    "unreadable": "not readable as a pair",
-    "tie": "the source calls it a tie",
-    "prompts_differ": "the two responses answer different prompts",
-    "duplicate_prompt_id": "prompt_id seen before; the first stays",
-    "empty_field": "prompt or response empty, or only white space",
-    "identical_responses": "chosen and rejected are the same text",
-    "equal_scores": "the source scores both alike",
-    "reversed_scores": "the source scores rejected higher",
-    "duplicate_pair": "the same texts under another prompt_id",
-}
-NOTES = {name: _DROPPED[name] for name in _DROPPED if name not in STRUCTURAL}
-
-_EXCLUDED = {
-    "no_valid_answer": "a question was asked and has no valid answer",
-    "not_asked": "a question was not asked yet",
-}
+__all__ = ["Part", "Sum", "accounts", "notes_of_pairs"]
 
 
 @dataclass(frozen=True)
@@ -82,12 +64,12 @@ def accounts(evidence: Evidence, tally: Tally) -> list[Sum]:
 def notes_of_pairs(evidence: Evidence) -> list[Part]:
     """Oddities among the pairs that were kept, those that occur."""
     notes: Mapping[str, int] = (read_manifest(evidence.run.pairs) or {}).get("notes", {})
-    return [Part(n, name, NOTES.get(name, "")) for name, n in notes.items() if n]
+    return [Part(n, name, REASONS.get(name, "")) for name, n in notes.items() if n]
 
 
 def _source(counts: Mapping[str, int]) -> Sum:
     reasons = {name: n for name, n in counts.items() if name not in ("raw", "kept")}
-    dropped = [Part(n, f"dropped: {name}", _DROPPED.get(name, "")) for name, n in reasons.items()]
+    dropped = [Part(n, f"dropped: {name}", REASONS.get(name, "")) for name, n in reasons.items()]
     return Sum(counts["raw"], "rows of the source", (*dropped, Part(counts["kept"], "pairs")))
 
 
@@ -128,7 +110,7 @@ def _reasons(excluded: pa.Table, stage: str) -> Counter[Any]:
 
 def _pairs(evidence: Evidence, excluded: pa.Table) -> Sum:
     reasons = _reasons(excluded, "annotate").most_common()
-    left_out = [Part(n, f"left out: {why}", _EXCLUDED.get(why, "")) for why, n in reasons]
+    left_out = [Part(n, f"left out: {why}", EXCLUSIONS.get(why, "")) for why, n in reasons]
     kept = Part(evidence.n, "in the schedule, with a β")
     return Sum(evidence.pairs.num_rows, "pairs", (*left_out, kept))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 
 from sp2dpo.errors import ProcessError, ScheduleError
-from sp2dpo.hashing import sha256_file, sha256_path
+from sp2dpo.hashing import canonical_json, sha256_file
 from sp2dpo.pairs import read_pairs
 from sp2dpo.runs import Run
 from sp2dpo.settings import Train, train_keys
@@ -38,6 +39,7 @@ class Trained:
     folder: Path
     metrics: Mapping[str, float]
     already_done: bool
+    set_aside: Path | None = None
 
 
 def check_settings(train: Train) -> None:
@@ -108,9 +110,10 @@ def _student_folder(run: Run, pairs: pa.Table) -> str:
     local = run.process.base / student.model
     if student.model != "toy":
         return str(local) if local.is_dir() else student.model
-    folder = run.path / "student"
-    if not (folder / "model.safetensors").is_file():
-        make_toy(folder, [row["prompt"] + row[side] for row in pairs.to_pylist() for side in ("chosen", "rejected")])
+    folder, partial = run.path / "student", run.path / "student.partial"
+    if not folder.is_dir():
+        make_toy(partial, [row["prompt"] + row[side] for row in pairs.to_pylist() for side in ("chosen", "rejected")])
+        partial.rename(folder)
     return str(folder)
 
 
@@ -124,9 +127,10 @@ def _train_one(run: Run, method: str, table: pa.Table, args: dict[str, dict[str,
     done = folder / "metrics.json"
     if is_current(done, inputs=inputs, lambda_hash=run.process.lambda_hash):
         return Trained(method, folder, json.loads(done.read_text(encoding="utf-8")), already_done=True)
+    set_aside = _claim(folder, inputs)
     trainer = _trainer(run, table, args, model, folder)
     watch(trainer, f"train {method}")
-    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    checkpoint = get_last_checkpoint(str(folder))
     if checkpoint:
         trainer.resume_margins(Path(checkpoint))
     metrics: dict[str, float] = trainer.train(resume_from_checkpoint=checkpoint).metrics
@@ -134,7 +138,24 @@ def _train_one(run: Run, method: str, table: pa.Table, args: dict[str, dict[str,
     trainer.save_state()
     if trainer.is_world_process_zero():
         _keep(run, trainer, folder, metrics, inputs)
-    return Trained(method, folder, metrics, already_done=False)
+    return Trained(method, folder, metrics, already_done=False, set_aside=set_aside)
+
+
+def _claim(folder: Path, inputs: Mapping[str, str]) -> Path | None:
+    """Note in a folder what is trained there; what was trained on other inputs is moved away, never gone on from.
+
+    Returns:
+        where the earlier training is now, if there was one.
+    """
+    note, text = folder / "inputs.json", canonical_json(dict(inputs))
+    if note.is_file() and note.read_text(encoding="utf-8") == text:
+        return None
+    set_aside = None
+    if folder.is_dir() and any(folder.iterdir()):
+        names = (folder.with_name(f"{folder.name}.{n}") for n in itertools.count(1))
+        set_aside = folder.rename(next(name for name in names if not name.exists()))
+    write_atomic(note, lambda partial: partial.write_text(text, encoding="utf-8"))
+    return set_aside
 
 
 def _trainer(
@@ -163,7 +184,7 @@ def _keep(
     kept = [p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.endswith(".manifest.json")]
     write_manifest(
         folder / "metrics.json",
-        files={path.name: sha256_path(path) for path in kept},
+        files={path.name: sha256_file(path) for path in kept},
         inputs=inputs,
         lambda_hash=run.process.lambda_hash,
     )
