@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from report_runs import HOSTILE, by_number, judged, make_run, pair, put_margins
-from sp2dpo.calls import Call, open_calls
+from sp2dpo.calls import Call, open_calls, open_ledger
 from sp2dpo.errors import RunDirError
 from sp2dpo.hashing import sha256_file
 from sp2dpo.report.account import Part, Sum, accounts
@@ -230,8 +230,8 @@ def one_bad(n: int, annotator: str, variant: str) -> str:
 
 
 def append(run: Run, call: Call, **changed: Any) -> None:
-    with open_calls(run.calls, create=True) as log:
-        log.append(replace(call, **changed))
+    with open_ledger(run.calls) as ledger:
+        ledger.append(replace(call, **changed))
 
 
 def test_an_answer_after_a_retry_is_neither_a_first_one_nor_a_failure(tmp_path: Path) -> None:

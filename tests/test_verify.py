@@ -2,50 +2,84 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
 import sqlite3
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from conftest import GOOD, rows, teacher, write_process
 from sp2dpo.annotate.run import annotate
-from sp2dpo.calls import open_calls
+from sp2dpo.calls.rows import COLUMNS, line_of
+from sp2dpo.decision import LEVELS
 from sp2dpo.errors import RunDirError, Unfinished
 from sp2dpo.hashing import sha256_file
 from sp2dpo.process import load_process
+from sp2dpo.rubric import CATEGORIES
 from sp2dpo.runs import open_run
 from sp2dpo.stages import prepare_run, schedule_run
 from sp2dpo.verify import verify
+from teacher_server import Answer, Asked, Handler, teacher_server
 
 
-def answer(request: httpx2.Request) -> httpx2.Response:
+def number_in(asked: Asked) -> int:
+    return int(re.findall(r"question (\d+)", asked.text)[0])
+
+
+def judged(asked: Asked) -> Answer:
     """A gap that depends on the question; nothing about the last pair."""
-    number = int(re.findall(r"question (\d+)", request.content.decode())[0])
+    number = number_in(asked)
     text = GOOD.replace("0.5", f"0.{number}5") if number < 5 else "no idea"
-    message = {"choices": [{"finish_reason": "stop", "message": {"content": text}}]}
-    return httpx2.Response(200, json=message)
+    return Answer({"choices": [{"finish_reason": "stop", "message": {"content": text}}]})
+
+
+def decided(asked: Asked) -> Answer:
+    """The same as probabilities, for two variants; a category that is none about the last pair."""
+    number = number_in(asked)
+    category = "Style" if number < 5 else "Tone"
+    answers: dict[str, Any] = {}
+    for v in ("v1", "v2"):
+        answers[f"category_{v}"] = {
+            "type": "choice",
+            "probabilities": dict.fromkeys(CATEGORIES, 0.0) | {category: 1.0},
+        }
+        answers[f"magnitude_{v}"] = {
+            "type": "score",
+            "probabilities": dict.fromkeys(LEVELS, 0.0) | {"0": 1 - number / 10, "4": number / 10},
+        }
+        answers[f"confidence_{v}"] = {"type": "noul", "noul": 0.4}
+    return Answer({"answers": answers})
+
+
+def make_finished(folder: Path, handler: Handler, **more: Any) -> Path:
+    """A run of 7 rows: 5 in the schedule, one dropped as empty, one without a valid answer."""
+    pairs = [*rows(6), {"prompt": "question 9", "chosen": " ", "rejected": "x"}]
+    with teacher_server(handler) as server:
+        annotators = [teacher(name, base_url=server.base_url, **more) for name in ("a", "b")]
+        panel = {"variants": ["v1", "v2"], "annotators": annotators}
+        run = open_run(load_process(write_process(folder, pairs=pairs, panel=panel)), folder / "run")
+        prepare_run(run)
+        annotate(run, concurrency=1)
+    schedule_run(run)
+    return run.path
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 7 rows: 5 in the schedule, one dropped as empty, one without a valid answer."""
-    folder = tmp_path_factory.mktemp("finished")
-    pairs = [*rows(6), {"prompt": "question 9", "chosen": " ", "rejected": "x"}]
-    panel = {"variants": ["v1", "v2"], "annotators": [teacher("a"), teacher("b")]}
-    run = open_run(load_process(write_process(folder, pairs=pairs, panel=panel)), folder / "run")
-    prepare_run(run)
-    annotate(run, http_client=httpx2.AsyncClient(transport=httpx2.MockTransport(answer)))
-    schedule_run(run)
-    return run.path
+    return make_finished(tmp_path_factory.mktemp("finished"), judged)
+
+
+@pytest.fixture(scope="module")
+def finished_decisions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_finished(tmp_path_factory.mktemp("decisions"), decided, kind="decisions", api="systemone")
 
 
 @pytest.fixture
@@ -81,9 +115,15 @@ def rewrite_manifest(path: Path, change: Callable[[dict[str, Any]], Any]) -> Non
 
 
 def cover_up(run_dir: Path) -> None:
-    """Write the hashes of the files as they now are into all manifests, as a careful forger would."""
-    with open_calls(run_dir / "calls.sqlite") as log:
-        content = log.content_hash()
+    """Make the chain of the log again, and write the hashes of the files as they now are into all manifests.
+
+    As a careful forger would.
+    """
+    content = ""
+    with unguarded(run_dir / "calls.sqlite") as db:
+        for number, *row in db.execute(f"SELECT id, {', '.join(COLUMNS)} FROM calls ORDER BY id").fetchall():
+            content = hashlib.sha256((content + line_of(row)).encode()).hexdigest()
+            db.execute("UPDATE calls SET chain = ? WHERE id = ?", (content, number))
     now = {path.name: sha256_file(path) for path in run_dir.iterdir() if path.is_file()} | {"calls.sqlite": content}
 
     def fit(manifest: dict[str, Any]) -> None:
@@ -96,15 +136,22 @@ def cover_up(run_dir: Path) -> None:
         rewrite_manifest(path, fit)
 
 
-def forge_call(run_dir: Path, sql: str) -> None:
-    """Change the call log past its triggers."""
-    with closing(sqlite3.connect(run_dir / "calls.sqlite", isolation_level=None)) as db:
+@contextmanager
+def unguarded(path: Path) -> Iterator[sqlite3.Connection]:
+    """A call log without its triggers."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
         triggers = db.execute("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'").fetchall()
         for name, _ in triggers:
             db.execute(f"DROP TRIGGER {name}")
-        assert db.execute(sql).rowcount >= 1
+        yield db
         for _, create in triggers:
             db.execute(create)
+
+
+def forge_call(run_dir: Path, sql: str) -> None:
+    """Change the call log past its triggers."""
+    with unguarded(run_dir / "calls.sqlite") as db:
+        assert db.execute(sql).rowcount >= 1
 
 
 def test_an_untouched_run_passes_and_says_what_was_checked(run_dir: Path) -> None:
@@ -112,6 +159,23 @@ def test_an_untouched_run_passes_and_says_what_was_checked(run_dir: Path) -> Non
     assert [line.split()[0] for line in lines] == ["process", "prompts", "manifests", "pairs", "calls", "schedule"]
     assert "5 β" in lines[-1]
     assert "2 excluded" in lines[-1]
+
+
+def test_a_run_of_typed_decisions_passes_and_a_changed_probability_is_found(
+    finished_decisions: Path, tmp_path: Path
+) -> None:
+    run_dir = Path(shutil.copytree(finished_decisions, tmp_path / "run"))
+    assert "5 β" in list(verify(run_dir))[-1]
+    for sql, named in (
+        ("UPDATE calls SET raw_text = replace(raw_text, '0.4', '0.9') WHERE id = 1", "judgement"),
+        ("UPDATE calls SET params_sent = replace(params_sent, '\"v2\"', '\"v1\"') WHERE id = 1", "request_hash"),
+        ("UPDATE calls SET params_sent = '{}' WHERE id = 1", "params_sent"),
+        ("UPDATE calls SET kind = 'chat_json' WHERE id = 1", "request_hash"),
+    ):
+        forged = Path(shutil.copytree(run_dir, tmp_path / named / str(len(sql))))
+        forge_call(forged, sql)
+        cover_up(forged)
+        assert named in difference(forged)
 
 
 def test_a_run_may_be_moved_and_verified_elsewhere_without_its_source(run_dir: Path, tmp_path: Path) -> None:
@@ -135,6 +199,14 @@ PLAIN_CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a raw answer": (lambda d: forge_call(d, "UPDATE calls SET raw_text = '' WHERE id = 3"), "calls.sqlite"),
     "a latency": (lambda d: forge_call(d, "UPDATE calls SET latency_s = 9.5 WHERE id = 3"), "calls.sqlite"),
     "a call less": (lambda d: forge_call(d, "DELETE FROM calls WHERE id = 21"), "calls.sqlite"),
+    "the last call": (
+        lambda d: forge_call(d, "DELETE FROM calls WHERE id = (SELECT max(id) FROM calls)"),
+        "gaps.manifest.json: hash of its input calls.sqlite",
+    ),
+    "a link of the chain": (
+        lambda d: forge_call(d, "UPDATE calls SET chain = '00' WHERE id = (SELECT max(id) FROM calls)"),
+        "calls.sqlite: head of the chain",
+    ),
 }
 
 
@@ -215,6 +287,7 @@ FORGERIES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a setting sent": (lambda d: forge_call(d, "UPDATE calls SET params_sent = '{}' WHERE id = 1"), "request_hash"),
     "a variant": (lambda d: forge_call(d, "UPDATE calls SET variant = 'v2' WHERE variant = 'v1'"), "request_hash"),
     "an unknown variant": (lambda d: forge_call(d, "UPDATE calls SET variant = 'v9' WHERE id = 1"), "v9"),
+    "another kind": (lambda d: forge_call(d, "UPDATE calls SET kind = 'decisions' WHERE id = 1"), "no decisions"),
     "a strange pair": (lambda d: forge_call(d, "UPDATE calls SET pair_id = 'x' WHERE id = 1"), "not in pairs.parquet"),
     "settings that are no JSON": (
         lambda d: forge_call(d, "UPDATE calls SET params_sent = '{' WHERE id = 1"),

@@ -6,15 +6,18 @@ Every gap is read again from the raw text of the answer; what the log says was r
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import islice
+from typing import Final
 
 import pyarrow as pa
 
 from sp2dpo.calls import Call
+from sp2dpo.decision import parse_decision
 from sp2dpo.errors import Unfinished
-from sp2dpo.reply import parse_reply
+from sp2dpo.reply import Parsed, parse_reply
 from sp2dpo.tables import schema_of
 
-__all__ = ["GAPS_SCHEMA", "gaps_table"]
+__all__ = ["GAPS_SCHEMA", "gaps_table", "read_answer"]
 
 GAPS_SCHEMA = schema_of(
     pair_id=pa.string(),
@@ -27,18 +30,28 @@ GAPS_SCHEMA = schema_of(
 )
 
 
+_ROWS_AT_ONCE: Final = 10_000
+
+
 def gaps_table(answers: Iterable[Call]) -> pa.Table:
-    """Gaps in the order of the pair ids, annotators and variants.
+    """Gaps in the order of the answers, which is that of the pair ids, annotators and variants in `CallLog.answers`.
 
     Raises:
         Unfinished: the log says of an answer what its text does not.
     """
-    rows = [_row(call) for call in sorted(answers, key=lambda call: call.cell)]
-    return pa.Table.from_pylist(rows, schema=GAPS_SCHEMA)
+    rows = map(_row, answers)
+    pieces = iter(lambda: list(islice(rows, _ROWS_AT_ONCE)), [])
+    batches = [pa.RecordBatch.from_pylist(piece, schema=GAPS_SCHEMA) for piece in pieces]
+    return pa.Table.from_batches(batches, schema=GAPS_SCHEMA)
+
+
+def read_answer(call: Call) -> Parsed:
+    """What the text of a call says, by the kind of its annotator."""
+    return parse_decision(call.raw_text) if call.kind == "decisions" else parse_reply(call.raw_text)
 
 
 def _row(call: Call) -> dict[str, str | float]:
-    gap = parse_reply(call.raw_text).gap
+    gap = read_answer(call).gap
     if gap is None or (gap.category, gap.magnitude, gap.confidence) != (call.category, call.magnitude, call.confidence):
         raise Unfinished(
             f"calls.sqlite: the answer of {call.annotator}/{call.variant} to pair {call.pair_id} reads as {gap}, but "

@@ -5,14 +5,15 @@ Columns are the paper's, in its order, then diagnostics, then `beta`, which trai
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from sp2dpo.calls import Call, Cell
+from sp2dpo.calls import Cell
 from sp2dpo.ensemble import annotator_mad, annotator_std, majority_category, median_over_prompts, prompt_disagreement
 from sp2dpo.errors import Unfinished
 from sp2dpo.settings import Schedule
@@ -78,30 +79,42 @@ def schedule_table(
     Raises:
         Unfinished: no pair has a complete set.
     """
-    cells = _cells(gaps)
-    pair_ids = [str(pair) for pair in pairs["pair_id"].to_pylist()]
-    kept = [n for n, pair in enumerate(pair_ids) if all((pair, a, v) in cells for a in annotators for v in variants)]
-    if not kept:
+    unique = pairs["pair_id"].unique()
+    values, present = _cells(gaps, unique.to_pylist(), annotators, variants)
+    at = pc.index_in(pairs["pair_id"], unique).to_numpy()
+    kept = np.flatnonzero(present[at].all(axis=(1, 2)))
+    if not len(kept):
         raise Unfinished("no pair has a complete set of valid answers; ask for them with: sp2dpo annotate PROCESS.yaml")
-    rows = [[[cells[pair_ids[n], a, v] for v in variants] for a in annotators] for n in kept]
-    random = random_beta(len(pair_ids), settings.beta_min, settings.beta_max, settings.random_seed)[kept]
+    random = random_beta(len(at), settings.beta_min, settings.beta_max, settings.random_seed)[kept]
     columns = {
         "prompt_id": pairs["prompt_id"].take(kept),
         "pair_id": pairs["pair_id"].take(kept),
         "prompt_variant_count": pa.array([len(variants)] * len(kept), pa.int64()),
-        **_derived(rows, annotators, variants, settings, random),
+        **_derived({name: value[at[kept]] for name, value in values.items()}, annotators, variants, settings, random),
     }
     return pa.table({name: columns[name] for name in columns_of(annotators, variants)})
 
 
-def _cells(gaps: pa.Table) -> dict[Cell, tuple[Any, ...]]:
-    names = ("pair_id", "annotator", "variant", "category", "magnitude", "confidence", "effective_gap")
-    rows = zip(*(gaps[name].to_pylist() for name in names), strict=True)
-    return {(pair, annotator, variant): tuple(values) for pair, annotator, variant, *values in rows}
+def _cells(
+    gaps: pa.Table, pair_ids: Sequence[Any], annotators: Sequence[str], variants: Sequence[str]
+) -> tuple[dict[str, Any], NDArray[np.bool_]]:
+    """Each value of the gaps as an array over i, j, k (i: `pair_ids`), and where there is one."""
+    axes = {"pair_id": pair_ids, "annotator": annotators, "variant": variants}
+    index = [pc.index_in(gaps[name], pa.array(known, pa.string())) for name, known in axes.items()]
+    ours = pc.and_(pc.and_(index[0].is_valid(), index[1].is_valid()), index[2].is_valid())
+    at = tuple(one.filter(ours).to_numpy() for one in index)
+    shape = tuple(len(known) for known in axes.values())
+    values: dict[str, Any] = {}
+    for name in _PER_CALL[:-1]:
+        values[name] = np.empty(shape, dtype=object if name == "category" else np.float64)
+        values[name][at] = gaps[name].filter(ours).to_numpy()
+    present = np.zeros(shape, dtype=np.bool_)
+    present[at] = True
+    return values, present
 
 
 def _derived(
-    rows: Sequence[Any],
+    values: Mapping[str, Any],
     annotators: Sequence[str],
     variants: Sequence[str],
     settings: Schedule,
@@ -112,21 +125,15 @@ def _derived(
     def f(gap: NDArray[np.float64]) -> NDArray[np.float64]:
         return envelope(gap, settings.beta_min, settings.beta_max)
 
-    category = [[[call[0] for call in one] for one in row] for row in rows]
-
-    def number(n: int) -> NDArray[np.float64]:
-        return np.array([[[call[n] for call in one] for one in row] for row in rows], dtype=np.float64)
-
-    magnitude, confidence, gap_ijk = number(1), number(2), number(3)
+    category_ijk, gap_ijk = values["category"], values["effective_gap"]
     beta_ijk = f(gap_ijk)
     gap_ij = median_over_prompts(gap_ijk)
     beta_ij = f(gap_ij)
-    ens = [[majority_category(one) for one in row] for row in category]
+    ens = [[majority_category(one) for one in row] for row in category_ijk]
     columns: dict[str, Any] = {}
     for j, a in enumerate(annotators):
         for k, v in enumerate(variants):
-            columns[f"category_{a}_{v}"] = [row[j][k] for row in category]
-            for metric, value in zip(_PER_CALL[1:], (magnitude, confidence, gap_ijk, beta_ijk), strict=True):
+            for metric, value in (*values.items(), ("beta", beta_ijk)):
                 columns[f"{metric}_{a}_{v}"] = value[:, j, k]
         columns[f"category_{a}_ens"] = [row[j][0] for row in ens]
         columns[f"category_{a}_ens_tie_break"] = [row[j][1] for row in ens]
@@ -146,26 +153,38 @@ def _derived(
 def excluded_table(
     pairs: pa.Table,
     dropped: pa.Table,
-    scheduled: Iterable[str],
-    failures: Mapping[Cell, Call],
+    gaps: pa.Table,
+    scheduled: pa.Table,
+    failures: Mapping[Cell, str],
     annotators: Sequence[str],
     variants: Sequence[str],
-    answered: set[Cell],
 ) -> pa.Table:
-    """Every row of the source that is not in the schedule: dropped by `prepare`, or without a full set of answers."""
+    """Every row of the source that is not in the schedule: dropped by `prepare`, or without a full set of answers.
+
+    Args:
+        failures: how the last attempt at a question without a valid answer ended.
+    """
     rows = [{"stage": "prepare", "detail": None, **row} for row in dropped.to_pylist()]
-    done = set(scheduled)
     known = [name for name in ("pair_id", "prompt_id", "source_row") if name in pairs.column_names]
-    for pair in pairs.select(known).to_pylist():
-        if pair["pair_id"] not in done:
-            cells = [(pair["pair_id"], a, v) for a in annotators for v in variants]
-            missing = [cell for cell in cells if cell not in answered]
-            rows.append({"stage": "annotate", **pair, **_why(missing, failures)})
+    answered = _answered(_without(gaps, scheduled))
+    for pair in _without(pairs.select(known), scheduled).to_pylist():
+        cells = [(pair["pair_id"], a, v) for a in annotators for v in variants]
+        missing = [cell for cell in cells if cell not in answered]
+        rows.append({"stage": "annotate", **pair, **_why(missing, failures)})
     return pa.Table.from_pylist(rows, schema=EXCLUDED_SCHEMA)
 
 
-def _why(missing: Sequence[Cell], failures: Mapping[Cell, Call]) -> dict[str, str]:
-    asked = [cell for cell in missing if cell in failures]
-    outcome = {cell: failures[cell].outcome if cell in failures else "not asked" for cell in missing}
+def _without(table: pa.Table, scheduled: pa.Table) -> pa.Table:
+    """Rows of pairs that are not in the schedule."""
+    return table.filter(pc.invert(pc.is_in(table["pair_id"], scheduled["pair_id"].unique())))
+
+
+def _answered(gaps: pa.Table) -> set[Cell]:
+    return set(zip(*(gaps[name].to_pylist() for name in ("pair_id", "annotator", "variant")), strict=True))
+
+
+def _why(missing: Sequence[Cell], failures: Mapping[Cell, str]) -> dict[str, str]:
+    outcome = {cell: failures.get(cell, "not asked") for cell in missing}
     detail = "; ".join(f"{annotator}/{variant}: {why}" for (_, annotator, variant), why in outcome.items())
+    asked = any(cell in failures for cell in missing)
     return {"reason": "no_valid_answer" if asked else "not_asked", "detail": detail}

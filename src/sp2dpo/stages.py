@@ -83,11 +83,11 @@ def build_schedule(run: Run) -> Scheduled:
     annotators, variants = [a.name for a in settings.panel.annotators], settings.panel.variants
     pairs = read_pairs(run.pairs, "sp2dpo annotate PROCESS.yaml")
     with open_calls(run.calls) as log:
-        answers, failures, content = log.answers(), log.failures(), log.content_hash()
-    gaps = gaps_table(answers.values())
+        gaps = gaps_table(log.answers())
+        failures = {call.cell: call.outcome for call in log.failures()}
+        content = log.content_hash()
     schedule = schedule_table(pairs, gaps, annotators, variants, settings.schedule)
-    scheduled = {str(pair) for pair in schedule["pair_id"].to_pylist()}
-    excluded = excluded_table(pairs, read_dropped(run), scheduled, failures, annotators, variants, set(answers))
+    excluded = excluded_table(pairs, read_dropped(run), gaps, schedule, failures, annotators, variants)
     return Scheduled(gaps, schedule, excluded, content)
 
 

@@ -5,21 +5,21 @@ from __future__ import annotations
 import io
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
 
-from sp2dpo.annotate.plan import request_hash
+from sp2dpo.annotate.teacher import body_of, request_hash
 from sp2dpo.calls import Call, open_calls
 from sp2dpo.errors import InputError, RunDirError, Unfinished
+from sp2dpo.gaps import read_answer
 from sp2dpo.hashing import sha256_file
 from sp2dpo.llm import FAILURES
 from sp2dpo.pairs import pair_id, read_pairs
-from sp2dpo.prompts import render
-from sp2dpo.reply import parse_reply
 from sp2dpo.runs import Run, read_run
 from sp2dpo.stages import build_schedule
 from sp2dpo.tables import read_manifest, read_table
@@ -61,7 +61,9 @@ def _same(where: str, what: str, found: object, expected: object) -> None:
 def _manifests(run: Run) -> str:
     """Each manifest names this λ, the files as they are, and inputs as they are."""
     with open_calls(run.calls) as log:
-        now = {run.calls.name: log.content_hash(), "source": run.process.resolved["pins"]["data"]}
+        content = log.recomputed_hash()
+        _same(run.calls.name, "head of the chain", log.content_hash(), content)
+    now = {run.calls.name: content, "source": run.process.resolved["pins"]["data"]}
     files = 0
     for artifact in (run.pairs, run.gaps, run.schedule):
         manifest = read_manifest(artifact)
@@ -93,21 +95,38 @@ def _pairs(run: Run) -> str:
 
 def _calls(run: Run) -> str:
     """Each logged call was the question that λ and the pair make, and reads as the log says."""
-    pairs = {row["pair_id"]: row for row in read_pairs(run.pairs, "sp2dpo annotate PROCESS.yaml").to_pylist()}
+    pairs = read_pairs(run.pairs, "sp2dpo annotate PROCESS.yaml").select(["pair_id", "prompt", "chosen", "rejected"])
+    rows = {pair: row for row, pair in enumerate(pairs["pair_id"].to_pylist())}
+
+    @lru_cache(maxsize=64)
+    def pair_in(row: int) -> dict[str, Any]:
+        return pairs.slice(row, 1).to_pylist()[0]
+
     count = 0
     with open_calls(run.calls) as log:
         for count, call in enumerate(log, 1):
             where = f"calls.sqlite, row {count} ({call.annotator}/{call.variant}, pair {call.pair_id[:12]})"
-            if call.pair_id not in pairs:
+            if call.pair_id not in rows:
                 raise Unfinished(f"{where}: this pair is not in pairs.parquet")
             if call.variant not in run.process.pack.systems:
                 raise Unfinished(f"{where}: the panel of λ has no such variant")
-            pair = pairs[call.pair_id]
-            messages = render(run.process.pack, call.variant, pair["prompt"], pair["chosen"], pair["rejected"])
-            asked = request_hash(call.endpoint, call.requested_model, messages, _sent(where, call))
+            asked = _request_hash_of(run, where, call, pair_in(rows[call.pair_id]))
             _same(where, "request_hash", call.request_hash, asked)
             _reads_as_logged(where, call)
     return f"calls     {count} attempts: questions rendered again, answers read again"
+
+
+def _request_hash_of(run: Run, where: str, call: Call, pair: Mapping[str, Any]) -> str:
+    """The hash of the question, made again from the pair, the panel and what the log says was sent."""
+    sent = _sent(where, call)
+    if call.kind == "decisions" and run.process.pack.decisions is None:
+        raise Unfinished(f"{where}: the panel of λ asks for no decisions")
+    try:
+        variants = list(sent["variants"]) if call.kind == "decisions" else [call.variant]
+        _, body = body_of(call.kind, call.requested_model, run.process.pack, pair, variants, sent)
+    except (KeyError, TypeError, ValueError) as error:
+        raise Unfinished(f"{where}: params_sent does not make a question ({error!r})") from error
+    return request_hash(call.endpoint, body)
 
 
 def _sent(where: str, call: Call) -> dict[str, Any]:
@@ -120,7 +139,7 @@ def _sent(where: str, call: Call) -> dict[str, Any]:
 def _reads_as_logged(where: str, call: Call) -> None:
     if call.outcome in FAILURES:
         return
-    parsed = parse_reply(call.raw_text)
+    parsed = read_answer(call)
     gap = parsed.gap
     read = (gap.category, gap.magnitude, gap.confidence) if gap else (None, None, None)
     _same(where, "judgement", (call.category, call.magnitude, call.confidence), read)

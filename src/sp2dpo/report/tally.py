@@ -1,14 +1,14 @@
-"""The call log, read once: how each question ended, what was asked and sent, who answered, tokens and money. J.4."""
+"""The call log, counted: how each question ended, what was asked and sent, who answered, tokens and money. J.4."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import chain
 
-from sp2dpo.calls import Call, Cell
+from sp2dpo.calls import Call, CallLog
 from sp2dpo.report.data import Evidence
 from sp2dpo.settings import Annotator
 
@@ -48,7 +48,10 @@ class Used:
     uncounted: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    reasoning_tokens: int = 0
     cost_usd: float = 0.0
+    failed_usd: float = 0.0
+    bound_usd: float = 0.0
 
     def note(self, call: Call) -> None:
         self.attempts += 1
@@ -56,7 +59,10 @@ class Used:
         self.uncounted += call.prompt_tokens is None
         self.prompt_tokens += call.prompt_tokens or 0
         self.completion_tokens += call.completion_tokens or 0
+        self.reasoning_tokens += call.reasoning_tokens or 0
         self.cost_usd += call.cost_usd or 0.0
+        self.failed_usd += 0.0 if call.valid else call.cost_usd or 0.0
+        self.bound_usd += call.cost_bound_usd or 0.0 if call.cost_usd is None else 0.0
 
 
 @dataclass
@@ -84,33 +90,29 @@ class Tally:
         self.used.setdefault(who[:2], Used(*who[:2])).note(call)
         self.params[call.annotator, call.params_requested, call.params_sent] += 1
 
-    def settle(self, end: tuple[bool, int, str, str] | None) -> None:
+    def settle(self, end: Call) -> None:
         """How one question ended: its first valid attempt, else its last one."""
-        if end is None:
-            self.not_asked += 1
-            return
-        valid, attempt, outcome, mends = end
-        if not valid:
-            self.failed[outcome] += 1
-        elif outcome == "repaired":
+        self.not_asked -= 1
+        if not end.valid:
+            self.failed[end.outcome] += 1
+        elif end.outcome == "repaired":
             self.repaired += 1
-            self.mends.update(json.loads(mends))
-        elif attempt == 1:
+            self.mends.update(json.loads(end.mends))
+        elif end.attempt == 1:
             self.first_time += 1
         else:
             self.later += 1
 
 
-def tally_calls(log: Iterable[Call], evidence: Evidence) -> Tally:
-    """Read the log once; questions are the different pairs × annotators × variants."""
-    tally = Tally()
-    ends: dict[Cell, tuple[bool, int, str, str]] = {}
+def tally_calls(log: CallLog, evidence: Evidence) -> Tally:
+    """Count attempts and questions; questions are the different pairs × annotators × variants."""
+    pairs, annotators, variants = (set(x) for x in (evidence.pair_ids, evidence.annotators, evidence.variants))
+    tally = Tally(not_asked=len(pairs) * len(annotators) * len(variants))
     for call in log:
         tally.note(call)
-        if not ends.get(call.cell, (False,))[0]:
-            ends[call.cell] = (call.valid, call.attempt, call.outcome, call.mends)
-    for cell in product(dict.fromkeys(evidence.pair_ids), evidence.annotators, evidence.variants):
-        tally.settle(ends.get(cell))
+    for end in chain(log.answers(), log.failures()):
+        if end.pair_id in pairs and end.annotator in annotators and end.variant in variants:
+            tally.settle(end)
     return tally
 
 
