@@ -30,7 +30,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from typer.testing import CliRunner
 
-from sp2dpo import calls, cli, gaps, llm, prompts, reply, rubric, schedule, settings
+from sp2dpo import calls, cli, gaps, llm, prompts, providers, reply, rubric, schedule, settings
 from sp2dpo.pairs import store
 from sp2dpo.pairs.filters import REASONS
 from sp2dpo.train.data import MARGINS_SCHEMA
@@ -356,6 +356,78 @@ def _model_in(kind: Any) -> type[BaseModel] | None:
     return next((model for model in map(_model_in, get_args(kind)) if model), None)
 
 
+# docs/providers.md
+
+
+def providers_page() -> str:
+    known = providers.catalogue()
+    families = [profile for one in known.providers.values() for profile in one.families]
+    models = [fact for one in known.providers.values() for fact in one.models]
+    used = {source for one in (*families, *models) for source in one.sources}
+    wrong = sorted(used ^ set(known.sources))
+    if wrong:
+        raise Wrong(f"profiles.yaml: sources that are unknown or unused: {', '.join(wrong)}")
+    names = list(providers.params_requested(settings.Decoding()))
+    shown = words("status", get_args(providers.profiles.Status))
+    return page(
+        "providers.md",
+        hosts=[(f"`{name}`", _code(one.hosts) or "none") for name, one in known.providers.items()],
+        setting_names=["family", *(f"`{name}`" for name in names)],
+        settings=[(_of(f), *(shown[f.settings[name]] for name in names)) for f in families],
+        modes=[(_of(f), *_modes(f)) for f in families],
+        transports=[(_of(f), *_transports(f)) for f in families],
+        unverified=[(_of(f), "; ".join(f.unverified)) for f in families if f.unverified],
+        notes=list(_notes(known)),
+        ends=sorted((str(f.ends), _code(f.match), f.replacement or "", _code(f.sources)) for f in models if f.ends),
+        prices=[(_code(f.match), *_price(f), _code(f.sources)) for f in models if f.price],
+        presets=[(name, one, _listed(one["annotators"])) for name, one in providers.PRESETS.items()],
+        sources=[(f"`{name}`", text) for name, text in known.sources.items()],
+    )
+
+
+def _of(profile: providers.Profile) -> str:
+    return f"{profile.provider}: {profile.family}"
+
+
+def _modes(profile: providers.Profile) -> tuple[str, ...]:
+    left = words("hidden", get_args(providers.profiles.Hidden))[profile.hidden]
+    word = ", with the word" if profile.json_mode == "json_object" and profile.json_needs_word else ""
+    off = f"`{json.dumps(dict(profile.reasoning))}`" if profile.reasoning else "nothing"
+    return f"`{profile.cap}`", "yes" if profile.cap_covers_reasoning else "no", off, left, f"{profile.json_mode}{word}"
+
+
+def _transports(profile: providers.Profile) -> tuple[str, ...]:
+    batch = profile.batch
+    limits = f"−{batch.discount:.0%}, {batch.window}, {batch.max_requests:,} requests" if batch else "none"
+    return (
+        limits,
+        profile.decisions_path or "none",
+        profile.tokenize_path or "none",
+        str(profile.as_of),
+        _code(profile.sources),
+    )
+
+
+def _notes(known: providers.Catalogue) -> Iterator[tuple[str, str]]:
+    """Each note of a provider once, with the families that it is for, if it is not for all."""
+    for name, one in known.providers.items():
+        for note in dict.fromkeys(note for profile in one.families for note in profile.notes):
+            of = [profile.family for profile in one.families if note in profile.notes]
+            yield name if len(of) == len(one.families) else f"{name}, {', '.join(of)}", note
+
+
+def _code(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _price(fact: Any) -> tuple[str, str, str]:
+    return f"{fact.price.input:.2f}", f"{fact.price.output:.2f}", str(fact.price.as_of)
+
+
+def _listed(annotators: Any) -> str:
+    return yaml.safe_dump({"annotators": annotators}, sort_keys=False, default_flow_style=None, width=200).rstrip()
+
+
 # src/sp2dpo/train/keys.json
 
 
@@ -388,6 +460,7 @@ FILES: Mapping[str, Callable[[], str | None]] = {
     "docs/cli.md": cli_page,
     "docs/columns.md": columns_page,
     "docs/process.md": process_page,
+    "docs/providers.md": providers_page,
     "src/sp2dpo/train/keys.json": keys_json,
 }
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import shutil
+import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,11 @@ import pytest
 import yaml
 
 from conftest import NewRun, rows, teacher, write_process
+from sp2dpo import process as process_module
 from sp2dpo.errors import ProcessError, RunDirError
+from sp2dpo.hashing import sha256_json
 from sp2dpo.process import load_process, process_of
+from sp2dpo.providers import PRESETS, profile_of
 from sp2dpo.runs import open_run
 
 TOY = {"student": {"model": "toy"}}
@@ -66,6 +72,7 @@ def test_a_missing_key_below_another_is_named_with_its_place(tmp_path: Path, key
         ({"data": {"source": "pairs.jsonl", "revison": "x"}}, "data.revison", "revision"),
         ({"panel": {"variant": ["v1"]}}, "panel.variant", "variants"),
         ({"panel": annotator(api_key="X")}, "panel.annotators.0.api_key", "api_key_env"),
+        ({"panel": annotator(serve_as="X")}, "panel.annotators.0.serve_as", "served_as"),
         ({"panel": annotator(price={"inputs": 1})}, "panel.annotators.0.price.inputs", "input"),
         ({"panel": {"decoding": {"temprature": 0}}}, "panel.decoding.temprature", "temperature"),
         ({"schedule": {"beta_mn": 0.1}}, "schedule.beta_mn", "beta_min"),
@@ -96,6 +103,8 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(
         ({"panel": {"annotators": []}}, "panel.annotators"),
         ({"panel": annotator(kind="chat")}, "panel.annotators.0.kind"),
         ({"panel": annotator(response_format="json")}, "panel.annotators.0.response_format"),
+        ({"panel": annotator(provider="gpt")}, "panel.annotators.0.provider"),
+        ({"panel": annotator(kind="decisions", api="chat")}, "panel.annotators.0.api"),
         ({"panel": annotator(price={"input": -1, "output": 1, "as_of": "2026-01-01"})}, "price.input"),
         ({"panel": annotator(price={"input": 1, "output": 1, "as_of": "spring"})}, "price.as_of"),
         ({"panel": {"decoding": {"temperature": "hot"}}}, "panel.decoding.temperature"),
@@ -162,6 +171,11 @@ def test_a_file_that_is_not_text_or_not_there_is_refused(tmp_path: Path) -> None
         ({"panel": {"annotators": [{"name": "a", "model": "m"}]}}, "needs the key 'base_url'"),
         ({"panel": {"annotators": [{"name": "a", "model": "m", "kind": "recorded"}]}}, "needs the key 'calls'"),
         ({"panel": annotator(calls="x.sqlite")}, "takes no 'calls'"),
+        ({"panel": annotator(api="systemone")}, "takes no 'api'"),
+        ({"panel": annotator(kind="decisions", api="systemone", omit=["seed"])}, "takes no 'omit'"),
+        ({"panel": annotator(kind="decisions", response_format="none")}, "takes no 'response_format'"),
+        ({"panel": annotator(kind="decisions")}, "give 'api' (decisions or systemone)"),
+        ({"panel": {"annotators": [{"name": "a", "model": "m", "kind": "decisions"}]}}, "needs the key 'base_url'"),
         (
             {"panel": annotator(base_url="teacher.invalid/v1")},
             "0.base_url: a base_url must be like http",
@@ -218,11 +232,67 @@ def test_a_key_pasted_into_the_file_is_not_repeated_in_the_message(tmp_path: Pat
         {"api_key_env": "sk-abcdef0123456789"},
         {"omit": ["temprature"]},
         {"extra": {"messages": []}},
+        {"extra": {"n": 3}},
+        {"extra": {"variants": ["v1"]}},
+        {"extra": {"from": datetime.date(2026, 1, 1)}},
+        {"extra": {"bias": float("nan")}},
     ],
     ids=str,
 )
 def test_an_annotator_that_could_not_be_asked_as_λ_says_is_refused(tmp_path: Path, bad: dict[str, Any]) -> None:
     assert next(iter(bad)) in refusal(tmp_path, panel=annotator(**bad))
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"api_key": "sk-pasted"},
+        {"apiKey": "sk-pasted"},
+        {"extra_headers": {"Authorization": "Bearer sk-pasted"}},
+        {"metadata": [{"deep": {"X-API-Key": "sk-pasted"}}]},
+        {"client_secret": "sk-pasted"},
+        {"Password": "sk-pasted"},
+        {"access_token": "sk-pasted"},
+    ],
+    ids=str,
+)
+def test_a_key_in_extra_is_refused_by_its_name_and_its_value_is_nowhere(tmp_path: Path, extra: dict[str, Any]) -> None:
+    with pytest.raises(ProcessError, match="name the variable of the key in api_key_env") as caught:
+        load_process(write_process(tmp_path, panel=annotator(extra=extra)))
+    assert "sk-pasted" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_parameters_with_tokens_in_their_names_are_no_keys(tmp_path: Path) -> None:
+    extra = {"max_completion_tokens": 64, "logit_bias": {"50256": -100}, "prompt_cache_key": "x"}
+    load_process(write_process(tmp_path, panel=annotator(extra=extra)))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"api_key_env": ["sk-pasted"]},
+        {"base_url": {"key": "sk-pasted"}},
+        {"extra": "sk-pasted"},
+        {"price": {"sk": "sk-pasted"}},
+        {"served_as": ["sk-pasted"]},
+        {"api_key": "sk-pasted"},
+    ],
+    ids=str,
+)
+def test_a_key_pasted_where_it_does_not_belong_is_in_no_message_and_no_traceback(
+    tmp_path: Path, wrong: dict[str, Any]
+) -> None:
+    with pytest.raises(ProcessError) as caught:
+        load_process(write_process(tmp_path, panel=annotator(**wrong)))
+    assert "sk-pasted" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_line_that_is_no_yaml_is_named_by_its_number_and_not_repeated(tmp_path: Path) -> None:
+    path = tmp_path / "process.yaml"
+    path.write_text('name: x\napi_key: "sk-pasted\n')
+    with pytest.raises(ProcessError, match=r"not readable YAML: .*, line \d") as caught:
+        load_process(path)
+    assert "sk-pasted" not in "".join(traceback.format_exception(caught.value))
 
 
 @pytest.mark.parametrize("value", [True, "0.3"])
@@ -244,6 +314,11 @@ CHANGES: list[dict[str, Any]] = [
     {"panel": annotator(base_url="http://other/v1")},
     {"panel": annotator(api_key_env="OTHER")},
     {"panel": annotator(response_format="json_object")},
+    {"panel": annotator(response_format="none")},
+    {"panel": annotator(provider="vllm")},
+    {"panel": annotator(served_as="another name")},
+    {"panel": annotator(kind="decisions", api="systemone")},
+    {"panel": annotator(kind="decisions", api="decisions")},
     {"panel": annotator(omit=["seed"])},
     {"panel": annotator(extra={"reasoning_effort": "minimal"})},
     {"panel": annotator(price={"input": 1, "output": 2, "as_of": "2026-01-01"})},
@@ -320,6 +395,105 @@ def test_a_default_that_is_written_out_does_not_change_λ(tmp_path: Path) -> Non
     plain = load_process(write_process(tmp_path)).lambda_hash
     keys = {"schedule": {"method": "sp2dpo", "beta_min": 0.03, "beta_max": 0.3}, "evaluate": {}}
     assert load_process(write_process(tmp_path, **keys)).lambda_hash == plain
+
+
+# What is sent -------------------------------------------------------------------------------------------------------
+
+LUNA = {"model": "gpt-6-luna", "base_url": "https://api.openai.com/v1"}
+
+
+def test_what_is_sent_to_each_annotator_that_is_asked_is_part_of_λ(tmp_path: Path) -> None:
+    (tmp_path / "answers.jsonl").write_text("{}\n")
+    recorded = {"name": "old", "model": "m", "kind": "recorded", "calls": "answers.jsonl"}
+    teachers = [teacher(), teacher("luna", **LUNA), teacher("typed", **LUNA, kind="decisions"), recorded]
+    process = load_process(write_process(tmp_path, panel={"annotators": teachers}))
+    assert list(process.resolved["pins"]["sent"]) == ["teacher", "luna", "typed"]
+    assert process.sent("teacher")["params"]["temperature"] == 0.1
+    assert process.sent("luna")["params"]["reasoning_effort"] == "none"
+    assert process.sent("luna")["refused"] == ["temperature", "top_p"]
+    assert process.sent("typed")["params"] == {"api": "decisions"}
+    assert sha256_json(process.resolved) == process.lambda_hash
+
+
+def test_a_new_profile_makes_another_λ_only_if_what_is_sent_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_process(tmp_path, panel=annotator(**LUNA))
+    before = load_process(path)
+
+    def changed(**facts: Any) -> str:
+        monkeypatch.setattr(process_module, "profile_of", lambda one: replace(profile_of(one), **facts))
+        return load_process(path).lambda_hash
+
+    assert changed(sources=(), unverified=(), price=None, batch=None) == before.lambda_hash
+    assert changed(reasoning={"reasoning_effort": "low"}) != before.lambda_hash
+
+
+def test_a_run_directory_is_read_back_without_the_profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    process = load_process(write_process(tmp_path, panel=annotator(**LUNA)))
+    run = open_run(process, tmp_path / "run")
+
+    def none(*args: object) -> Any:
+        raise AssertionError("a profile was looked at")
+
+    monkeypatch.setattr(process_module, "profile_of", none)
+    monkeypatch.setattr(process_module, "params_sent", none)
+    back = process_of(run.path)
+    assert back.lambda_hash == process.lambda_hash
+    assert back.sent("teacher") == process.sent("teacher")
+
+
+def test_a_run_directory_that_does_not_say_what_is_sent_leads_to_reuse(tmp_path: Path) -> None:
+    process = load_process(write_process(tmp_path))
+    del process.resolved["pins"]["sent"]
+    with pytest.raises(ProcessError, match="--reuse"):
+        process.sent("teacher")
+
+
+def test_a_mode_that_needs_the_word_json_is_refused_with_prompts_that_lack_it(tmp_path: Path) -> None:
+    qwen = {"model": "qwen3-max", "base_url": "https://dashscope.aliyuncs.com/compatible-mode/v1"}
+    pack = tmp_path / "pack"
+    pack.mkdir()
+    (pack / "v1.txt").write_text("Judge.")
+    (pack / "user.txt").write_text("{prompt} {chosen} {rejected}")
+    assert "word JSON; write it into v1.txt" in refusal(tmp_path, panel={"prompts": "pack", **annotator(**qwen)})
+    load_process(write_process(tmp_path, panel={"prompts": "pack", **annotator(**qwen, response_format="none")}))
+    (pack / "v1.txt").write_text("Judge, in Json.")
+    load_process(write_process(tmp_path, panel={"prompts": "pack", **annotator(**qwen)}))
+
+
+# Presets ------------------------------------------------------------------------------------------------------------
+
+
+def with_preset(folder: Path, preset: Any) -> Path:
+    path = write_process(folder)
+    values = yaml.safe_load(path.read_text())
+    del values["panel"]["annotators"]
+    values["panel"]["preset"] = preset
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_a_preset_has_the_λ_of_its_annotators_written_out(tmp_path: Path) -> None:
+    process = load_process(with_preset(tmp_path / "a", "panel-2026-11"))
+    written = {"annotators": PRESETS["panel-2026-11"]["annotators"]}
+    assert process.lambda_hash == load_process(write_process(tmp_path / "b", panel=written)).lambda_hash
+    assert [one["name"] for one in process.resolved["panel"]["annotators"]] == ["qwen", "openai", "gemini"]
+    assert "preset" not in process.resolved["panel"]
+    assert process_of(open_run(process, tmp_path / "run").path).settings == process.settings
+
+
+def test_the_papers_own_panel_is_refused_with_the_days_on_which_its_models_ended(tmp_path: Path) -> None:
+    message = refused(with_preset(tmp_path, "paper-2025"))
+    assert "gemini-2.0-flash ended on 2026-06-01" in message
+    assert "panel-2026-11" in message
+
+
+def test_a_preset_beside_annotators_or_without_a_known_name_is_refused(tmp_path: Path) -> None:
+    assert "not both" in refusal(tmp_path, panel={"preset": "panel-2026-11", **annotator()})
+    assert "no preset 'panel'" in refused(with_preset(tmp_path, "panel"))
+    assert "no preset '5'" in refused(with_preset(tmp_path, 5))
+    assert "missing key 'panel.annotators'" in refused(with_preset(tmp_path, None))
 
 
 # Run directories ----------------------------------------------------------------------------------------------------

@@ -6,8 +6,10 @@ Knows nothing of run directories but how to read back their `process.yaml`.
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ from sp2dpo.hashing import sha256_json, sha256_path
 from sp2dpo.pairs.formats import is_readable
 from sp2dpo.pairs.hub import is_hub_id
 from sp2dpo.prompts import PromptPack, load_pack
-from sp2dpo.settings import SECTIONS, DataSettings, ProcessFile, Student
+from sp2dpo.providers import params_sent, preset_annotators, profile_of
+from sp2dpo.settings import SECTIONS, Annotator, DataSettings, Panel, ProcessFile, Student
 
 __all__ = ["Process", "load_process", "process_of"]
 
@@ -34,6 +37,20 @@ class Process:
     pack: PromptPack
     resolved: dict[str, Any]
     lambda_hash: str
+
+    def sent(self, annotator: str) -> Mapping[str, Any]:
+        """What is sent to an annotator beside the question, as it was pinned: `params`, `ignored` and `refused`.
+
+        Raises:
+            ProcessError: a process that was pinned before that was part of λ.
+        """
+        sent: Mapping[str, Mapping[str, Any]] = self.resolved["pins"].get("sent", {})
+        if annotator not in sent:
+            raise ProcessError(
+                f"the process does not say what is sent to annotator '{annotator}': its run directory was made by an "
+                "older sp2dpo. Begin a new one, and take the answers over with --reuse"
+            )
+        return sent[annotator]
 
 
 def _on_hub(source: str, base: Path) -> bool:
@@ -62,11 +79,12 @@ def load_process(path: Path) -> Process:
 
     Raises:
         ProcessError: not YAML; a key that is missing, unknown or mistyped; a file that is not there; a hub id without
-            a revision; a judge that is also an annotator. The message names the key and the way out.
+            a revision; a judge that is also an annotator; a preset whose models have ended. The message names the key
+            and the way out.
     """
     if not path.is_file():
         raise ProcessError(f"{path}: no such process file")
-    return _pin(_validated(_read(path), str(path)), path.resolve().parent)
+    return _pin(_validated(_expanded(_read(path), str(path)), str(path)), path.resolve().parent)
 
 
 def process_of(run_dir: Path) -> Process:
@@ -85,18 +103,32 @@ def process_of(run_dir: Path) -> Process:
     if stored != sha256_json(resolved):
         raise ProcessError(f"{path} was changed after it was written: its content does not give λ {str(stored)[:12]}")
     settings = _validated({key: value for key, value in resolved.items() if key != "pins"}, str(path))
-    pack = load_pack(run_dir / "prompts", settings.panel.variants)
+    pack = _pack_of(run_dir / "prompts", settings.panel)
     return Process(settings, run_dir, pack, resolved, stored)
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         keys = yaml.load(path.read_text(encoding="utf-8"), Loader=_Yaml)  # noqa: S506 (a SafeLoader)
+    except yaml.MarkedYAMLError as error:  # its own text would repeat the line, with whatever was pasted there
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ProcessError(f"{path} is not readable YAML: {error.problem or error.context}{line}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ProcessError(f"{path} is not readable YAML: {error}") from error
+        raise ProcessError(f"{path} is not readable YAML: {error}") from None
     if not isinstance(keys, dict):
         raise ProcessError(f"{path} holds no keys; a process file begins with name, data and panel")
     return keys
+
+
+def _expanded(raw: dict[str, Any], where: str) -> dict[str, Any]:
+    """A preset in the panel replaced by its annotators."""
+    panel = raw.get("panel")
+    if not isinstance(panel, dict) or panel.get("preset") is None:
+        return raw
+    if "annotators" in panel:
+        raise ProcessError(f"{where}: panel.preset names the annotators; give it, or panel.annotators, not both")
+    rest = {key: value for key, value in panel.items() if key != "preset"}
+    return raw | {"panel": rest | {"annotators": preset_annotators(str(panel["preset"]), datetime.date.today())}}
 
 
 def _validated(raw: dict[str, Any], where: str) -> ProcessFile:
@@ -122,7 +154,14 @@ def _explain(problem: dict[str, Any]) -> str:
     if problem["type"] == "value_error":
         message = str(problem["ctx"]["error"])
         return f"{key}: {message}" if key else message
-    return f"{key}: {problem['msg']} (it is {problem['input']!r})"
+    return f"{key}: {problem['msg']}{_shown(problem)}"
+
+
+def _shown(problem: dict[str, Any]) -> str:
+    """The value that does not fit, unless a key may have been pasted there."""
+    value, where = problem["input"], problem["loc"]
+    harmless = not isinstance(value, dict | list) and not {"api_key_env", "base_url", "extra"} & set(where)
+    return f" (it is {value!r})" if harmless else ""
 
 
 def _fields_at(loc: tuple[Any, ...]) -> list[str]:
@@ -139,18 +178,43 @@ def _fields_at(loc: tuple[Any, ...]) -> list[str]:
 def _pin(settings: ProcessFile, base: Path) -> Process:
     """Hash what the process file points to, and the whole."""
     panel = settings.panel
-    pack = load_pack(None if panel.prompts == "builtin" else base / panel.prompts, panel.variants)
+    pack = _pack_of(None if panel.prompts == "builtin" else base / panel.prompts, panel)
     pins: dict[str, Any] = {
         "data": _pin_source(settings.data, base),
         "prompts": pack.hashes,
         "calls": {
             a.name: _pin_file(base / a.calls, f"calls of annotator '{a.name}'") for a in panel.annotators if a.calls
         },
+        "sent": {a.name: _pin_sent(a, panel, pack) for a in panel.annotators if a.kind != "recorded"},
     }
     if settings.student:
         pins["student"] = _pin_student(settings.student, base)
     resolved = json.loads(settings.model_dump_json()) | {"pins": pins}
     return Process(settings, base, pack, resolved, sha256_json(resolved))
+
+
+def _pack_of(folder: Path | None, panel: Panel) -> PromptPack:
+    decisions = any(annotator.kind == "decisions" for annotator in panel.annotators)
+    return load_pack(folder, panel.variants, decisions=decisions)
+
+
+def _pin_sent(annotator: Annotator, panel: Panel, pack: PromptPack) -> dict[str, Any]:
+    """What is sent to an annotator, so that a later profile makes another λ only if that changes."""
+    profile = profile_of(annotator)
+    sent = params_sent(annotator, panel.decoding, profile)
+    pinned = {"params": dict(sent.params), "ignored": list(sent.ignored), "refused": list(sent.refused)}
+    if sent.params.get("response_format") == {"type": "json_object"} and profile.json_needs_word:
+        _check_word(annotator, pack)
+    return json.loads(json.dumps(pinned))  # type: ignore[no-any-return]
+
+
+def _check_word(annotator: Annotator, pack: PromptPack) -> None:
+    for variant, system in pack.systems.items():
+        if "json" not in (system + pack.user).casefold():
+            raise ProcessError(
+                f"annotator '{annotator.name}' takes response_format json_object only if the messages hold the word "
+                f"JSON; write it into {variant}.txt or user.txt, or give response_format: none"
+            )
 
 
 def _pin_source(data: DataSettings, base: Path) -> str:

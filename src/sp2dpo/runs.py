@@ -79,7 +79,10 @@ def open_run(process: Process, path: Path | None = None) -> Run:
 def _dump(process: Process) -> str:
     head = "# The process (λ) as resolved. Written by sp2dpo; a change here is found by `sp2dpo verify`.\n"
     return head + yaml.safe_dump(
-        {**process.resolved, "lambda": process.lambda_hash}, sort_keys=False, allow_unicode=True
+        {**process.resolved, "lambda": process.lambda_hash},
+        sort_keys=False,
+        allow_unicode=True,
+        default_flow_style=None,
     )
 
 

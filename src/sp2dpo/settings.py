@@ -27,6 +27,7 @@ from pydantic import (
 )
 
 from sp2dpo.errors import nearest
+from sp2dpo.hashing import canonical_json
 from sp2dpo.temperature import BETA_MAX, BETA_MIN
 
 __all__ = [
@@ -73,12 +74,27 @@ def _variable(name: str) -> str:
     return name
 
 
+_SECRET = re.compile(r"apikey|authorization|secret|password|passwd|accesstoken|authtoken|bearer|credential|privatekey")
+
+
+def _no_secret(value: Any) -> None:
+    """Refuse names of keys and the like at any depth; the message names the key and never its value."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            if _SECRET.search(re.sub(r"[^a-z]", "", str(name).casefold())):
+                raise ValueError(f"extra must not hold '{name}': name the variable of the key in api_key_env")
+            _no_secret(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _no_secret(inner)
+
+
 Address = Annotated[str, AfterValidator(_address)]
 Variable = Annotated[str, AfterValidator(_variable)]
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
 
 
 class DataSettings(_Settings):
@@ -113,17 +129,19 @@ class Endpoint(_Settings):
 
 
 class Decoding(_Settings):
-    """The settings of Table 6, the same for all annotators. What is null, or off, is not sent."""
+    """The settings of Table 6, for all annotators alike; less what a model's [profile](providers.md) excludes."""
 
     temperature: Number = Field(0.1, ge=0, description="of sampling")
     top_p: Number = Field(0.8, gt=0, le=1, description="nucleus sampling")
     top_k: Whole | None = Field(None, description="null: not sent")
-    max_tokens: Whole = Field(64, ge=1, description="output cap; a reasoning model spends it on hidden tokens too")
+    max_tokens: Whole = Field(
+        64, ge=1, description="output cap, sent under the name that the model has for it; reasoning counts too"
+    )
     max_output_tokens: Whole | None = Field(None, description="the same cap where an endpoint names it so")
-    seed: Whole | None = Field(42, description="best effort, where the endpoint takes one")
+    seed: Whole | None = Field(42, description="best effort, where the model takes one")
     frequency_penalty: Number = Field(0.0, description="0: off")
     presence_penalty: Number = Field(0.0, description="0: off")
-    repetition_penalty: Number = Field(1.0, description="1: off, and then not sent")
+    repetition_penalty: Number = Field(1.0, description="1: off")
     n: Literal[1] = Field(1, description="one answer a call")
     stop: tuple[str, ...] | None = Field(None, description="null: not sent")
     timeout: Number = Field(180, gt=0, description="seconds")
@@ -131,22 +149,44 @@ class Decoding(_Settings):
     retry_delay_base: Number = Field(5, ge=0, description="seconds; doubled at every retry, with jitter")
 
 
+ASKED: Final = ("model", "messages", "stream", "n", "input", "state", "questions", "api", "variants")
+"""Parameters that are the question itself, or how many answers it gets."""
+
+
 class Annotator(_Settings):
-    """A teacher: an endpoint (`chat_json`), or answers that are already there (`recorded`)."""
+    """A teacher: asked for JSON (`chat_json`, the paper's), for typed decisions, or its answers are already there."""
 
     name: Name = Field(description="part of column names")
-    kind: Literal["chat_json", "recorded"] = Field(
-        "chat_json", description="asked over the network, or answers that are already there"
+    kind: Literal["chat_json", "decisions", "recorded"] = Field(
+        "chat_json", description="asked for JSON, asked for typed decisions, or answers that are already there"
     )
     model: str = Field(description="identifier sent to the endpoint; a dated snapshot where there is one")
-    base_url: Address | None = Field(None, description="https://…/v1; required for chat_json")
+    base_url: Address | None = Field(None, description="https://…/v1; required unless recorded")
+    provider: Literal[
+        "auto",
+        "openai",
+        "gemini",
+        "dashscope",
+        "vllm",
+        "sglang",
+        "llama_cpp",
+        "ollama",
+        "transformers_serve",
+        "generic",
+    ] = Field("auto", description="whose [profile](providers.md) holds; auto: by the host of base_url, else generic")
     api_key_env: Variable | None = Field(None, description="the variable that holds the key, never the key")
     price: Price | None = Field(None, description="without it, cost is unknown")
-    response_format: Literal["none", "json_object", "json_schema"] = Field(
-        "none", description="how the endpoint is asked to enforce JSON; a schema allows two decimals"
+    served_as: str | None = Field(None, description="name that the endpoint answers under, where it is not `model`")
+    response_format: Literal["auto", "none", "json_object", "json_schema"] = Field(
+        "auto",
+        description="how the endpoint is asked to enforce JSON; auto: the best that its profile knows to be enforced; "
+        "a schema allows two decimals",
     )
-    omit: tuple[str, ...] = Field((), description="decoding settings that the model refuses; recorded as not sent")
-    extra: dict[str, Any] = Field({}, description="further parameters sent as they are, e.g. reasoning_effort")
+    api: Literal["decisions", "systemone"] | None = Field(
+        None, description="decisions: which of the two dialects; none: that of the profile"
+    )
+    omit: tuple[str, ...] = Field((), description="further settings that the model refuses; recorded as not sent")
+    extra: dict[str, Any] = Field({}, description="further parameters sent as they are, over those of the profile")
     calls: str | None = Field(None, description="recorded: a calls.sqlite or .jsonl of answers")
 
     @field_validator("omit")
@@ -159,19 +199,29 @@ class Annotator(_Settings):
 
     @field_validator("extra")
     @classmethod
-    def _not_the_question_itself(cls, params: dict[str, Any]) -> dict[str, Any]:
-        for name in ("model", "messages", "stream"):
+    def _neither_the_question_nor_a_key(cls, params: dict[str, Any]) -> dict[str, Any]:
+        for name in ASKED:
             if name in params:
                 raise ValueError(f"extra must not hold '{name}': it would change what is asked")
-        return params
+        _no_secret(params)
+        try:
+            plain: dict[str, Any] = json.loads(canonical_json(params))
+        except (TypeError, ValueError):
+            raise ValueError("extra holds what JSON cannot: quote a date, and leave out .nan and .inf") from None
+        return plain
 
     @model_validator(mode="after")
-    def _kind_has_its_source(self) -> Annotator:
-        needs, other = ("base_url", "calls") if self.kind == "chat_json" else ("calls", "base_url")
+    def _keys_fit_the_kind(self) -> Annotator:
+        needs, other = ("calls", "base_url") if self.kind == "recorded" else ("base_url", "calls")
         if getattr(self, needs) is None:
             raise ValueError(f"annotator '{self.name}' is of kind {self.kind}, which needs the key '{needs}'")
         if getattr(self, other) is not None:
             raise ValueError(f"annotator '{self.name}' is of kind {self.kind}, which takes no '{other}'")
+        for name, default in (("response_format", "auto"), ("omit", ())):
+            if self.kind == "decisions" and getattr(self, name) != default:
+                raise ValueError(f"annotator '{self.name}' is of kind decisions, which takes no '{name}'")
+        if self.kind != "decisions" and self.api is not None:
+            raise ValueError(f"annotator '{self.name}' is of kind {self.kind}, which takes no 'api'")
         return self
 
 
@@ -180,6 +230,9 @@ class Panel(_Settings):
 
     prompts: str = Field("builtin", description="the built-in pack, or a folder with v1.txt v2.txt v3.txt user.txt")
     variants: tuple[Name, ...] = Field(("v1", "v2", "v3"), min_length=1, description="one file of the pack each")
+    preset: str | None = Field(
+        None, exclude=True, description="a panel by [name](providers.md#presets), in place of annotators"
+    )
     annotators: tuple[Annotator, ...] = Field(min_length=1, description="the teachers")
     decoding: Decoding = Field(Decoding(), description="sampling and retries")
 
@@ -229,7 +282,7 @@ class Student(_Settings):
 class Train(BaseModel):
     """`methods`, `beta`, `max_prompt_length`, and any key of `trl.DPOConfig` or `peft.LoraConfig` by its own name."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, hide_input_in_errors=True)
     methods: tuple[Literal["dpo", "rand_beta", "sp2dpo"], ...] = Field(
         ("sp2dpo",), min_length=1, description="trained one after the other from the same schedule"
     )
