@@ -37,6 +37,7 @@ INVALID: Final = {
     "unknown_category": "a category that is neither one of the six nor an alias",
     "not_a_number": "magnitude or confidence is not a finite number",
     "out_of_range": "magnitude or confidence lies outside [0, 1]",
+    "no_distribution": "typed decisions: the probabilities are not one for each option, or do not sum to 1",
 }
 
 _WHITE: Final = " \t\r\n"

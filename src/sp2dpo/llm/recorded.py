@@ -49,7 +49,7 @@ def read_recording(path: Path, annotator: str) -> Recording:
 
 def _from_log(path: Path) -> Iterator[Mapping[str, Any]]:
     with open_calls(path) as log:
-        for call in log.answers().values():
+        for call in log.answers():
             yield vars(call)
 
 

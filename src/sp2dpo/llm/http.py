@@ -1,0 +1,241 @@
+"""HTTP to an OpenAI-compatible endpoint. It never raises for what the other side does, and lets no key out.
+
+Nothing is repeated here: each attempt is the engine's, and has its row in the log.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from functools import partial
+from pathlib import Path
+from typing import IO, Any, Final, TypeVar
+
+import aiohttp
+
+from sp2dpo.errors import ProcessError, Unfinished
+from sp2dpo.llm import Limits, Raw, storable
+
+__all__ = ["Endpoint", "read_key"]
+
+_SHORTEST_KEY: Final = 8
+"""A shorter one ("none", "EMPTY", "0") is no secret, and blacking it out would alter answers."""
+
+_ERROR_LENGTH: Final = 2000
+_CHUNK: Final = 2**20
+T = TypeVar("T")
+
+_DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d+(?:\.\d+)?)s)?(?:(\d+(?:\.\d+)?)ms)?")
+
+
+def read_key(variable: str | None, owner: str) -> str | None:
+    """The key of `owner` from the environment; None if it names no variable.
+
+    Raises:
+        ProcessError: the variable is not set, or holds what no header can carry.
+    """
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise ProcessError(f"{owner} reads its key from {variable}, which is not set: export {variable}=…")
+    if not (key.isascii() and key.isprintable()):
+        raise ProcessError(f"{variable} holds characters that no key has: set it again, on one line")
+    return key
+
+
+class Endpoint:
+    """An endpoint below `base_url`.
+
+    Args:
+        key: sent as a bearer token; removed from all that comes back.
+        timeout: seconds for one whole exchange.
+        connector: replaces aiohttp's connector, for tests; closed with the endpoint.
+    """
+
+    def __init__(
+        self, base_url: str, key: str | None, timeout: float, connector: aiohttp.BaseConnector | None = None
+    ) -> None:
+        self.base_url = base_url.rstrip("/")
+        self._key = key
+        self._timeout = timeout
+        self._connector = connector
+        self._session: aiohttp.ClientSession | None = None
+        self._spellings = _spellings(key) if key is not None and len(key) >= _SHORTEST_KEY else ()
+
+    def __repr__(self) -> str:
+        return f"Endpoint({self.base_url!r})"
+
+    def _open(self) -> aiohttp.ClientSession:
+        """The session; made on first use, because it belongs to the running event loop."""
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=self._connector or aiohttp.TCPConnector(limit=0, ttl_dns_cache=300),
+                timeout=aiohttp.ClientTimeout(total=self._timeout),
+                headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
+                cookie_jar=aiohttp.DummyCookieJar(),
+                trust_env=True,
+            )
+        return self._session
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def post(self, path: str, body: Mapping[str, Any]) -> Raw:
+        """Send `body` as JSON."""
+        data = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace")
+        return await self._exchange("POST", path, data=data, headers={"Content-Type": "application/json"})
+
+    async def get(self, path: str, **query: str) -> Raw:
+        """Read a resource."""
+        return await self._exchange("GET", path, params=query)
+
+    async def upload(self, path: str, file: Path, **fields: str) -> Raw:
+        """Send a file as a form, read from disk as it goes."""
+        with file.open("rb") as content:
+            form = aiohttp.FormData(fields)
+            form.add_field("file", content, filename=file.name, content_type="application/jsonl")
+            return await self._exchange("POST", path, data=form)
+
+    async def download(self, path: str, to: Path) -> Raw:
+        """Write the body of a response to a file, without the key in it; `Raw.body` stays empty unless it fails.
+
+        Raises:
+            Unfinished: the file cannot be written.
+        """
+        return await self._exchange("GET", path, to=to)
+
+    async def _exchange(self, method: str, path: str, to: Path | None = None, **options: Any) -> Raw:
+        started = time.monotonic()
+        failure, error, sent = "connection", "", True
+        try:
+            async with self._open().request(method, self.base_url + path, allow_redirects=False, **options) as response:
+                if to is not None and response.status == 200:
+                    await self._save(response, to)
+                    data = b""
+                else:
+                    data = await response.read()
+                return self._raw(response, data, time.monotonic() - started)
+        except TimeoutError:
+            failure, error = "timeout", f"no answer within {self._timeout:g} s"
+        except (aiohttp.ClientError, OSError, ValueError) as problem:  # never kept or raised: it holds the headers
+            error = f"{type(problem).__name__}: {problem}"
+            sent = not isinstance(problem, aiohttp.ClientConnectorError)
+        return Raw(
+            failure=failure, error=self.clean(error)[:_ERROR_LENGTH], latency_s=time.monotonic() - started, sent=sent
+        )
+
+    def _raw(self, response: aiohttp.ClientResponse, data: bytes, latency_s: float) -> Raw:
+        headers = response.headers
+        return Raw(
+            status=response.status,
+            body=self.clean(data.decode("utf-8", "backslashreplace")),
+            retry_after=_retry_after(headers),
+            limits=_limits(headers),
+            request_id=self._header(headers, "x-request-id"),
+            latency_s=latency_s,
+        )
+
+    def _header(self, headers: Mapping[str, str], name: str) -> str | None:
+        value = headers.get(name)
+        return None if value is None else self.clean(value)[:200]
+
+    async def _save(self, response: aiohttp.ClientResponse, to: Path) -> None:
+        """Line by line, because a key may stand across two chunks, never across two lines."""
+        with _guarded(to, lambda: to.open("wb", buffering=0)) as file:
+            rest = b""
+            async for chunk in response.content.iter_chunked(_CHUNK):
+                lines, newline, rest = (rest + chunk).rpartition(b"\n")
+                self._write(file, to, lines + newline)
+            self._write(file, to, rest)
+
+    def _write(self, file: IO[bytes], path: Path, data: bytes) -> None:
+        left = self.clean(data.decode("utf-8", "backslashreplace")).encode("utf-8")
+        while left:
+            left = left[_guarded(path, partial(file.write, left)) :]
+
+    def clean(self, text: str) -> str:
+        """`text` as it may be kept: without the key, wherever and however the other side repeats it."""
+        if self._spellings:
+            if "\\u00" in text:
+                text = _without_escapes(text)
+            for spelling in self._spellings:
+                text = text.replace(spelling, "[key]")
+        return storable(text)
+
+
+def _guarded(path: Path, write: Callable[[], T]) -> T:
+    try:
+        return write()
+    except OSError as error:
+        raise Unfinished(f"{path} could not be written: {error.strerror}; nothing that was paid for is lost") from error
+
+
+def _spellings(key: str) -> tuple[str, ...]:
+    """The key as it is, and as JSON may write it."""
+    escaped = json.dumps(key)[1:-1]
+    return tuple(dict.fromkeys((key, escaped, escaped.replace("/", "\\/"))))
+
+
+def _without_escapes(text: str) -> str:
+    """JSON whose plain letters are written as escapes (`\\u0073k-…`), with the letters themselves."""
+    return re.sub(r"(?<!\\)((?:\\\\)*)\\u00([2-7][0-9a-fA-F])", _letter, text)
+
+
+def _letter(match: re.Match[str]) -> str:
+    letter = chr(int(match.group(2), 16))
+    return match.group() if letter in '"\\\x7f' else match.group(1) + letter
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds to wait, from `retry-after-ms` or `retry-after` as a number or a date."""
+    milliseconds = _number(headers.get("retry-after-ms"))
+    if milliseconds is not None:
+        return milliseconds / 1000
+    text = headers.get("retry-after")
+    seconds = _number(text)
+    if seconds is None and text:
+        with suppress(ValueError, OverflowError):
+            at = parsedate_to_datetime(text)
+            seconds = max(0.0, (at.replace(tzinfo=at.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
+    return seconds
+
+
+def _limits(headers: Mapping[str, str]) -> Limits | None:
+    found = {
+        f"{prefix}{what}{suffix}": read(headers.get(f"x-ratelimit-{word}-{what}"))
+        for what in ("requests", "tokens")
+        for word, prefix, suffix, read in (
+            ("limit", "", "", _number),
+            ("remaining", "remaining_", "", _number),
+            ("reset", "reset_", "_s", _duration),
+        )
+    }
+    return Limits(**found) if any(value is not None for value in found.values()) else None
+
+
+def _number(text: str | None) -> float | None:
+    """A finite number that is not negative."""
+    try:
+        number = float(text or "")
+    except ValueError:
+        return None
+    return number if math.isfinite(number) and number >= 0 else None
+
+
+def _duration(text: str | None) -> float | None:
+    """`1s`, `6m0s`, `120ms` or a plain number as seconds."""
+    match = _DURATION.fullmatch(text or "")
+    if not text or match is None:
+        return _number(text)
+    units = (86400.0, 3600.0, 60.0, 1.0, 0.001)
+    return sum(float(part or 0) * unit for part, unit in zip(match.groups(), units, strict=True))
