@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from hypothesis import settings
 from sp2dpo.process import load_process
 from sp2dpo.runs import Run, open_run
 from sp2dpo.stages import prepare_run
+from teacher_server import Answer
 
 # No deadlines: a busy machine is no defect. The same examples every time, so that a failure can be seen again.
 settings.register_profile("project", deadline=None, derandomize=True)
 settings.load_profile("project")
 
-KEY = "sk-recognise-me-0123456789"
+KEY = "sk-recognise-me/0123456789"
 GOOD = '{"semantic_gap_category": "Style", "semantic_gap_magnitude": 0.5, "semantic_gap_confidence": 0.4}'
 
 
@@ -43,6 +45,13 @@ def teacher(name: str = "teacher", **more: Any) -> dict[str, Any]:
     return {"name": name, "model": f"model-of-{name}", "base_url": f"http://{name}.invalid/v1"} | more
 
 
+def completion(content: Any = GOOD, finish: str = "stop", **more: Any) -> Answer:
+    """A chat completion of 1,000 tokens in and 50 out."""
+    message = {"role": "assistant", "content": content} | more.pop("message", {})
+    usage = {"prompt_tokens": 1000, "completion_tokens": 50}
+    return Answer({"choices": [{"index": 0, "finish_reason": finish, "message": message}], "usage": usage} | more)
+
+
 def rows(n: int) -> list[dict[str, str]]:
     return [{"prompt": f"question {i}", "chosen": f"good answer {i}", "rejected": f"bad answer {i}"} for i in range(n)]
 
@@ -58,6 +67,14 @@ def write_process(folder: Path, pairs: Sequence[Any] | None = None, **keys: Any)
     path = folder / "process.yaml"
     path.write_text(yaml.safe_dump(process, sort_keys=False), encoding="utf-8")
     return path
+
+
+def private_mounts() -> bool:
+    """Whether this machine lets a process have mounts of its own."""
+    try:
+        return subprocess.run(["unshare", "-rm", "true"], capture_output=True, timeout=30).returncode == 0
+    except OSError:
+        return False
 
 
 NewRun = Callable[..., Run]

@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from conftest import GOOD, rows, teacher, write_process
+from conftest import GOOD, completion, rows, teacher, write_process
 from sp2dpo import cli
-from sp2dpo.annotate import run as engine
 from sp2dpo.calls import open_calls
 from sp2dpo.pairs import read_pairs
 from sp2dpo.process import load_process
 from sp2dpo.runs import open_run
 from sp2dpo.stages import prepare_run
+from teacher_server import Answer, Asked, teacher_server
 
 COMMANDS = sorted(
     command.name or command.callback.__name__ for command in cli.app.registered_commands if command.callback
@@ -111,16 +111,34 @@ def test_a_difference_that_verify_finds_ends_with_1(sp2dpo: Sp2dpo, tmp_path: Pa
 
 
 @pytest.mark.usefixtures("key")
-def test_an_annotator_that_was_stopped_ends_with_1_and_says_what_is_missing(
-    sp2dpo: Sp2dpo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(engine, "BREAKER", 4)
+def test_an_annotator_that_was_stopped_ends_with_1_and_says_what_is_missing(sp2dpo: Sp2dpo, tmp_path: Path) -> None:
     unreachable = teacher(base_url="http://127.0.0.1:9/v1", api_key_env="TEACHER_KEY")
-    ran = sp2dpo("annotate", write_process(tmp_path / "p", panel={"annotators": [unreachable]}), "--concurrency", "1")
+    path = write_process(tmp_path / "p", pairs=rows(9), panel={"annotators": [unreachable]})
+    ran = sp2dpo("annotate", path, "--concurrency", "1")
     assert ran.code == 1
     assert is_one_line(ran.err)
-    assert "2 answers are missing" in ran.err
-    assert re.search(r"annotator 'teacher' was stopped: \d+ attempts in a row", ran.err)
+    assert re.search(r"annotator 'teacher' was stopped: 3 attempts in a row without an answer; .*127\.0\.0\.1", ran.err)
+    assert ran.err.endswith(
+        f"sp2dpo: 9 answers are missing; once that is mended, ask for them with: sp2dpo annotate {path}\n"
+    )
+
+
+def test_the_command_for_the_rest_asks_for_just_the_rest(sp2dpo: Sp2dpo, tmp_path: Path) -> None:
+    faults = {"question 1": Answer(status=400), "question 2": completion("?")}
+
+    def choosy(asked: Asked) -> Answer:
+        return next((answer for text, answer in faults.items() if text in asked.text), completion())
+
+    with teacher_server(choosy) as server:
+        path = write_process(tmp_path / "p", rows(4), panel={"annotators": [teacher(base_url=server.base_url)]})
+        ran = sp2dpo("annotate", path, "--run-dir", "here")
+        command = ran.err.rstrip().rpartition("ask for them with: ")[2]
+        assert ran.code == 1
+        assert command == f"sp2dpo annotate {path} --run-dir here --retry bad_request --retry no_object"
+        faults.clear()
+        server.asked.clear()
+        assert sp2dpo(*command.split()[1:]).code == 0
+        assert len(server.asked) == 2
 
 
 @pytest.mark.parametrize(
@@ -130,11 +148,21 @@ def test_an_annotator_that_was_stopped_ends_with_1_and_says_what_is_missing(
         (["schedule", "bad.yaml"], "unknown key 'shedule'"),
         (["verify", "."], "no run directory"),
         (["prepare", "nowhere.jsonl", "-o", "pairs.parquet"], "nowhere.jsonl"),
+        (["annotate", "good.yaml", "--retry", "odd"], "--retry odd: no such kind of failure"),
+        (["annotate", "good.yaml", "--transport", "pigeon"], "--transport pigeon: choose sync, batch or ray"),
+        (["annotate", "good.yaml", "--rpm", "0"], "--rpm 0: give a number above 0, or NAME=number"),
+        (["annotate", "good.yaml", "--tpm", "teacher=fast"], "--tpm teacher=fast: give a number"),
+        (
+            ["annotate", "good.yaml", "--rpm", "taecher=5"],
+            "no annotator of that name is asked (did you mean 'teacher'?)",
+        ),
+        (["annotate", "good.yaml", "--budget-usd", "5"], "annotator 'teacher' has no price"),
         (["prepare", "org/name", "-o", "pairs.parquet", "--filters", "odd"], "'odd' is no filter"),
     ],
 )
 def test_bad_input_ends_with_2_and_one_line(sp2dpo: Sp2dpo, tmp_path: Path, args: list[str], says: str) -> None:
     write_process(tmp_path, shedule={}).rename(tmp_path / "bad.yaml")
+    write_process(tmp_path).rename(tmp_path / "good.yaml")
     ran = sp2dpo(*args)
     assert ran.code == 2
     assert ran.out == ""
@@ -151,7 +179,14 @@ def test_a_key_that_is_not_set_ends_with_2_before_anything_is_asked(sp2dpo: Sp2d
 
 
 @pytest.mark.parametrize(
-    "args", [["nothing"], ["annotate"], ["annotate", "p.yaml", "--limit", "0"], ["verify", "--no"]]
+    "args",
+    [
+        ["nothing"],
+        ["annotate"],
+        ["annotate", "p.yaml", "--limit", "0"],
+        ["annotate", "p.yaml", "--budget-usd", "-1"],
+        ["verify", "--no"],
+    ],
 )
 def test_a_wrong_call_of_a_command_ends_with_2(sp2dpo: Sp2dpo, args: list[str]) -> None:
     ran = sp2dpo(*args)
@@ -194,20 +229,27 @@ def stalling() -> Iterator[subprocess.Popen[str]]:
         server.kill()
 
 
-def test_ctrl_c_ends_with_130_and_keeps_what_was_answered(tmp_path: Path, stalling: subprocess.Popen[str]) -> None:
+def test_ctrl_c_twice_ends_with_130_at_once_and_keeps_what_was_answered(
+    tmp_path: Path, stalling: subprocess.Popen[str]
+) -> None:
     assert stalling.stdout is not None
     slow = teacher(base_url=f"http://127.0.0.1:{stalling.stdout.readline().strip()}/v1")
     path = write_process(tmp_path, pairs=rows(9), panel={"annotators": [slow]})
     sp2dpo = [sys.executable, "-c", "from sp2dpo.cli import main; main()"]
     command = [*sp2dpo, "annotate", str(path), "--concurrency", "1"]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
         assert stalling.stdout.readline() == "stalled\n"
+        process.send_signal(signal.SIGINT)
+        said = ""
+        while "Ctrl-C again" not in said:
+            said = process.stderr.readline()
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert "Traceback" not in err
+    assert err == "sp2dpo: interrupted; what is done is kept, and the same command goes on with the rest\n"
     with open_calls(tmp_path / "runs/small/calls.sqlite") as log:
-        assert len(log.valid_cells()) == 3
+        assert [call.outcome for call in log] == ["ok"] * 3
 
 
 # Data and talk ------------------------------------------------------------------------------------------------------
@@ -216,18 +258,26 @@ def test_ctrl_c_ends_with_130_and_keeps_what_was_answered(tmp_path: Path, stalli
 def test_json_is_one_object_on_stdout_and_talk_is_on_stderr(sp2dpo: Sp2dpo, tmp_path: Path) -> None:
     path = recorded_process(tmp_path / "p", n=4, answered=3)
     annotated = sp2dpo("annotate", path, "--json")
-    assert json.loads(annotated.out) | {"outcomes": {}} == {
+    assert json.loads(annotated.out) == {
         "questions": 4,
         "valid": 3,
         "missing": 1,
+        "missing_by_cause": {"not_recorded": 1},
         "attempts": 4,
+        "live": 0,
+        "recorded": 4,
         "reused": 0,
-        "cost_usd": 0.0,
-        "outcomes": {},
+        "imported": 0,
+        "outcomes": {"ok": 2, "repaired": 1, "not_recorded": 1},
         "mends": {"code_fence": 1},
+        "cost_usd": 0.0,
+        "spent_usd": None,
+        "unknown_usd": None,
+        "stopped": {},
+        "stopped_all": None,
     }
-    assert json.loads(annotated.out)["outcomes"] == {"ok": 2, "repaired": 1, "not_recorded": 1}
-    assert "3 of 4 questions answered" in annotated.err
+    assert "3 of 4 questions have a valid answer" in annotated.err
+    assert "4 recorded answers read" in annotated.err
     scheduled = sp2dpo("schedule", path, "--json")
     assert json.loads(scheduled.out)["scheduled"] == 3
     assert json.loads(scheduled.out)["excluded"] == 1

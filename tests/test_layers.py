@@ -16,8 +16,8 @@ SOURCE = Path(sp2dpo.__file__).parent
 
 LAYERS = {
     0: ("errors", "hashing", "tables", "progress"),
-    1: ("rubric", "reply", "ensemble", "temperature", "loss", "rlhf", "score", "cost"),
-    2: ("settings", "prompts", "process", "pairs", "calls", "llm", "runs"),
+    1: ("rubric", "reply", "decision", "ensemble", "temperature", "loss", "rlhf", "score", "cost"),
+    2: ("settings", "prompts", "process", "pairs", "calls", "llm", "providers", "runs"),
     3: ("annotate",),
     4: ("gaps", "schedule"),
     5: ("stages", "verify", "train", "report"),
@@ -29,7 +29,15 @@ EXCEPTIONS = {
     ("train.__main__", "cli"): "python -m sp2dpo.train is the command line under another name",
 }
 
-HEAVY = ("torch", "trl", "transformers", "datasets", "peft", "accelerate", "matplotlib")
+HEAVY = {
+    **{name: {"loss", "train"} for name in ("torch", "trl", "transformers", "datasets", "peft", "accelerate")},
+    "matplotlib": {"report"},
+    "ray": {"annotate.on_ray"},
+}
+"""Libraries that take seconds to load, or are not always there, and the only places that may know them."""
+
+DOORS = {"aiohttp": "llm", "sqlite3": "calls", "typer": "cli"}
+"""Each way to the outside, and the room that owns it."""
 
 FILES = sorted(SOURCE.rglob("*.py"))
 ROOM_LAYER = {room: layer for layer, rooms in LAYERS.items() for room in rooms} | {"": 1}  # the package's own face
@@ -84,19 +92,27 @@ def test_a_pure_module_knows_only_the_errors_and_its_neighbours(name: str) -> No
     path = SOURCE / f"{name}.py"
     assert inner(path) <= {"errors", *LAYERS[1]}
     outside = {room(module) for module in imported(path)}
-    assert not outside & {"pathlib", "os", "io", "sqlite3", "pyarrow", "yaml", "openai", "httpx", "rich"}
+    assert not outside & {"pathlib", "os", "io", "asyncio", "pyarrow", "yaml", "rich", *DOORS}
+
+
+def users(library: str) -> set[str]:
+    return {name_of(path) for path in FILES if library in {room(module) for module in imported(path)}}
 
 
 @pytest.mark.parametrize("library", HEAVY)
-def test_a_heavy_library_is_imported_only_in_the_rooms_named_for_it(library: str) -> None:
-    users = {room(name_of(path)) for path in FILES if library in {room(module) for module in imported(path)}}
-    assert users <= ({"report"} if library == "matplotlib" else {"loss", "train"})
+def test_a_heavy_library_is_imported_only_in_the_places_named_for_it(library: str) -> None:
+    homes = HEAVY[library]
+    assert {name for name in users(library) if not {name, room(name)} & homes} == set()
 
 
-@pytest.mark.parametrize(("library", "home"), [("openai", "llm"), ("sqlite3", "calls"), ("typer", "cli")])
-def test_one_room_owns_each_door_to_the_outside(library: str, home: str) -> None:
-    users = {room(name_of(path)) for path in FILES if library in {room(module) for module in imported(path)}}
-    assert users <= {home}
+@pytest.mark.parametrize("library", DOORS)
+def test_one_room_owns_each_door_to_the_outside(library: str) -> None:
+    assert {room(name) for name in users(library)} == {DOORS[library]}
+
+
+@pytest.mark.parametrize("library", ["openai", "httpx", "httpx2", "requests"])
+def test_nothing_else_speaks_http(library: str) -> None:
+    assert users(library) == set()
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sp2dpo.calls import Call, Cell
+from sp2dpo.calls import Cell
 from sp2dpo.errors import Unfinished
 from sp2dpo.gaps import GAPS_SCHEMA
 from sp2dpo.schedule import EXCLUDED_SCHEMA, columns_of, excluded_table, schedule_table
@@ -221,24 +220,16 @@ def test_no_complete_pair_is_an_error_that_says_what_to_run() -> None:
 # Excluded -------------------------------------------------------------------------------------------------------------
 
 
-def failed(cell: Cell, outcome: str) -> Call:
-    values: dict[str, Any] = {field.name: None for field in dataclasses.fields(Call)}
-    names = dict(zip(("pair_id", "annotator", "variant"), cell, strict=True))
-    return Call(**{**values, **names, "outcome": outcome})
-
-
 def excluded(pairs: pa.Table, missing: dict[Cell, str | None], dropped: Sequence[dict[str, Any]] = ()) -> list[Any]:
     """Rows of excluded.csv, where `missing` cells failed with an outcome or (None) were never asked."""
-    cells = {(p, a, v) for p in pairs["pair_id"].to_pylist() for a in PANEL[0] for v in PANEL[1]}
-    failures = {cell: failed(cell, outcome) for cell, outcome in missing.items() if outcome is not None}
-    complete = [p for p in pairs["pair_id"].to_pylist() if p not in {cell[0] for cell in missing}]
+    gaps = without(gaps_of(sorted(set(pairs["pair_id"].to_pylist()))), *missing)
     table = excluded_table(
         pairs,
         pa.Table.from_pylist(list(dropped), schema=pa.schema(EXCLUDED_SCHEMA.field(n) for n in (1, 2, 3, 4))),
-        complete,
-        failures,
+        gaps,
+        scheduled(pairs, gaps),
+        {cell: outcome for cell, outcome in missing.items() if outcome is not None},
         *PANEL,
-        cells - set(missing),
     )
     assert table.schema == EXCLUDED_SCHEMA
     return table.to_pylist()
@@ -264,7 +255,7 @@ def test_a_pair_that_was_not_asked_about_is_told_from_one_that_failed() -> None:
         ("q", "qwen", "v1"): None,
         ("q", "qwen", "v2"): "refused",
     }
-    rows = excluded(pairs_of(["p", "q"]), missing)
+    rows = excluded(pairs_of(["p", "q", "r"]), missing)
     assert [(row["reason"], row["detail"]) for row in rows] == [
         ("not_asked", "qwen/v1: not asked"),
         ("no_valid_answer", "qwen/v1: not asked; qwen/v2: refused"),

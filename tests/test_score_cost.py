@@ -94,6 +94,28 @@ def test_the_cost_of_a_panel_is_the_sum_over_its_calls(pairs: int, tokens_in: li
     assert annotation_cost(pairs, [QWEN, MINI], tokens_in, tokens_out) == pytest.approx(sum(calls), abs=1e-15)
 
 
+def test_each_annotator_has_its_own_tokens_retries_and_discount() -> None:
+    """Of one pair: Qwen 1.2·½·(1500·1.60 + 120·6.40), the other, which reasons, 1500·0.25 + (340 + 440 + 540)·2.00."""
+    tokens_out = [[40, 40, 40], [340, 440, 540]]
+    cost = annotation_cost(1, [QWEN, MINI], [600, 500, 400], tokens_out, retry=[1.2, 1.0], batch_discount=[0.5, 0.0])
+    assert cost == pytest.approx((1.2 * 0.5 * 3168 + 3015) / 1e6)
+
+
+def test_each_annotator_may_count_the_tokens_of_a_prompt_in_its_own_way() -> None:
+    same = annotation_cost(7, [QWEN, MINI], [600, 500], 40)
+    assert annotation_cost(7, [QWEN, MINI], [[600, 500], [600, 500]], 40) == pytest.approx(same)
+    more = annotation_cost(7, [QWEN, MINI], [[600, 500], [660, 550]], 40)
+    assert more - same == pytest.approx(7 * 110 * MINI.input / 1e6)
+
+
+@given(st.floats(0, 1), st.integers(0, 10_000), st.integers(0, 10_000))
+def test_a_batch_discount_takes_its_share_of_the_whole_price(discount: float, tokens_in: int, tokens_out: int) -> None:
+    full, batch = cost_usd(QWEN, tokens_in, tokens_out), cost_usd(QWEN, tokens_in, tokens_out, discount)
+    assert batch == pytest.approx((1 - discount) * (full or 0.0))
+    panel = annotation_cost(3, [QWEN], [tokens_in], tokens_out, batch_discount=discount)
+    assert panel == pytest.approx(3 * (batch or 0.0))
+
+
 def test_a_million_tokens_of_each_kind_cost_their_prices() -> None:
     assert cost_usd(QWEN, 1_000_000, 0) == pytest.approx(1.60)
     assert cost_usd(QWEN, 0, 1_000_000) == pytest.approx(6.40)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -15,8 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 from sp2dpo import __version__
-from sp2dpo.errors import MissingExtra, Sp2dpoError, Unfinished
+from sp2dpo.errors import InputError, MissingExtra, Sp2dpoError, Unfinished
 from sp2dpo.runs import Run
+
+if TYPE_CHECKING:
+    from sp2dpo.annotate.account import Account
+    from sp2dpo.annotate.estimate import Estimate
 
 __all__ = ["app", "main"]
 
@@ -39,6 +44,22 @@ Reuse = Annotated[
     Path | None,
     typer.Option("--reuse", help="another run directory, whose answers to the same questions are taken over"),
 ]
+Retry = Annotated[
+    list[str] | None,
+    typer.Option("--retry", metavar="KIND", help="only questions that failed so the last time; may be repeated"),
+]
+Budget = Annotated[
+    float | None,
+    typer.Option("--budget-usd", min=0, help="never spend more in this run directory, past calls included"),
+]
+TransportName = Annotated[
+    str, typer.Option("--transport", metavar="sync|batch|ray", help="single calls, batch jobs, or a Ray cluster")
+]
+Rpm = Annotated[
+    list[str] | None,
+    typer.Option("--rpm", metavar="[NAME=]N", help="requests a minute, of one annotator or of each; may be repeated"),
+]
+Tpm = Annotated[list[str] | None, typer.Option("--tpm", metavar="[NAME=]N", help="tokens a minute, likewise")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="say what would be done, and do nothing")]
 AsJson = Annotated[bool, typer.Option("--json", help="the result as one JSON object on stdout")]
 
@@ -118,13 +139,73 @@ def _give_counts(manifest: Mapping[str, Any], as_json: bool) -> None:
         give(seen, False, "kept, but worth a look; drop them with data.filters")
 
 
-@app.command(epilog="sp2dpo cost process.yaml --limit 1000")
-def cost(process: ProcessPath, limit: Limit = None, as_json: AsJson = False) -> None:
-    """Calls, tokens and USD before anything is spent."""
+@app.command(epilog="sp2dpo cost process.yaml --pilot 50")
+def cost(
+    process: ProcessPath,
+    run_dir: RunDir = None,
+    limit: Limit = None,
+    pilot: Annotated[
+        int | None, typer.Option("--pilot", min=1, help="ask (and pay) about so many pairs first, to measure tokens")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Calls, tokens and USD before they are spent."""
     from sp2dpo.annotate.estimate import estimate
     from sp2dpo.process import load_process
 
-    give(estimate(load_process(process), limit), as_json, "estimated from characters, 4 to a token; no retries")
+    if pilot is not None:
+        run = _open(process, run_dir)
+        _prepare(run)
+        _annotate(run, {"sample": pilot})
+    one = load_process(process)
+    folder = run_dir or Path("runs") / one.settings.name
+    made = estimate(one, run_dir=folder if folder.is_dir() else None, limit=limit)
+    if pilot is not None and limit is None:
+        made.write(folder)
+    if as_json:
+        give(made.as_json(), True)
+    else:
+        _show_estimate(made)
+
+
+def _show_estimate(made: Estimate) -> None:
+    print(f"{made.pairs:,} pairs, {made.calls:,} calls, {made.recorded_answers:,} recorded answers")
+    table = Table("annotator", box=SIMPLE_HEAD)
+    for name in ("calls", "in", "out", "hidden", "USD", "as batch"):
+        table.add_column(name, justify="right")
+    for part in made.annotators:
+        hidden = "?" if part.hidden_tokens is None else f"{part.hidden_tokens:,.0f}"
+        tokens = (f"{part.input_tokens:,.0f}", f"{part.output_tokens:,.0f}", hidden)
+        table.add_row(part.annotator, f"{part.calls:,}", *tokens, _usd(part.usd), _usd(part.usd_batch))
+    table.add_row("all", f"{made.calls:,}", "", "", "", _usd(made.usd), _usd(made.usd_batch))
+    Console().print(table)
+    for part in made.annotators:
+        print(f"{part.annotator}: {part.basis}")
+    if any(part.counted_by != "pilot" for part in made.annotators):
+        say("hidden reasoning is billed, and only a pilot measures it: sp2dpo cost PROCESS.yaml --pilot 50")
+
+
+def _usd(amount: float | None) -> str:
+    return "–" if amount is None else f"{amount:,.2f}" if amount >= 0.01 else f"{amount:.6f}"
+
+
+@app.command(epilog="sp2dpo preflight process.yaml")
+def preflight(process: ProcessPath, as_json: AsJson = False) -> None:
+    """Keys, models, parameters and JSON mode: one paid call for each annotator."""
+    from sp2dpo.annotate.preflight import preflight as preflight_checks
+    from sp2dpo.process import load_process
+
+    checks = preflight_checks(load_process(process))
+    if as_json:
+        print(json.dumps([check.as_json() for check in checks], ensure_ascii=False))
+    else:
+        table = Table("annotator", "", "what", "found", box=SIMPLE_HEAD)
+        for check in checks:
+            table.add_row(check.annotator, {"ok": "✓", "warn": "!", "fail": "✗"}[check.state], check.what, check.found)
+        Console().print(table)
+    failed = sum(check.state == "fail" for check in checks)
+    if failed:
+        raise Unfinished(f"{failed} checks failed; nothing should be asked of this panel before they are mended")
 
 
 @app.command(epilog="sp2dpo annotate process.yaml --limit 100 --concurrency 16")
@@ -133,19 +214,68 @@ def annotate(
     run_dir: RunDir = None,
     limit: Limit = None,
     concurrency: Concurrency = 8,
+    transport: TransportName = "sync",
+    budget_usd: Budget = None,
+    rpm: Rpm = None,
+    tpm: Tpm = None,
+    retry: Retry = None,
+    forget_batches: Annotated[
+        bool, typer.Option("--forget-batches", help="give up batch jobs of earlier starts, and ask anew")
+    ] = False,
     reuse: Reuse = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Ask the panel about every pair, or go on with it."""
     if dry_run:
-        cost(process, limit, as_json)
+        cost(process, run_dir, limit, as_json=as_json)
         return
     run = _open(process, run_dir)
     _prepare(run)
-    missing = _annotate(run, limit, concurrency, reuse, as_json)
-    if missing:
-        raise Unfinished(f"{missing:,} answers are missing; ask for them again with: sp2dpo annotate {process}")
+    options = _asking(limit, concurrency, transport, budget_usd, rpm, tpm, reuse)
+    options |= {"retry": tuple(retry or ()), "forget_batches": forget_batches}
+    account = _annotate(run, options)
+    if as_json:
+        give(account.as_json(), True)
+    if account.missing:
+        raise Unfinished(_how_to_go_on(account, process, run_dir))
+
+
+def _asking(
+    limit: int | None,
+    concurrency: int,
+    transport: str,
+    budget_usd: float | None,
+    rpm: Sequence[str] | None,
+    tpm: Sequence[str] | None,
+    reuse: Path | None,
+) -> dict[str, Any]:
+    """Flags of `annotate` and `run` as the engine takes them."""
+    if transport not in ("sync", "batch", "ray"):
+        raise InputError(f"--transport {transport}: choose sync, batch or ray")
+    return {
+        "limit": limit,
+        "concurrency": concurrency,
+        "transport": transport,
+        "budget_usd": budget_usd,
+        "rpm": _rates("--rpm", rpm),
+        "tpm": _rates("--tpm", tpm),
+        "reuse": reuse,
+    }
+
+
+def _rates(flag: str, given: Sequence[str] | None) -> dict[str, float]:
+    """`500` is the limit of every annotator, `gpt=500` that of one."""
+    limits: dict[str, float] = {}
+    for text in given or ():
+        name, _, number = text.rpartition("=")
+        try:
+            limits[name] = float(number)
+        except ValueError:
+            limits[name] = 0.0
+        if not 0 < limits[name] < float("inf"):
+            raise InputError(f"{flag} {text}: give a number above 0, or NAME=number")
+    return limits
 
 
 def _prepare(run: Run) -> None:
@@ -157,31 +287,76 @@ def _prepare(run: Run) -> None:
     say(f"prepare   {counts['raw']:,} rows → {counts['kept']:,} pairs ({dropped or 'none dropped'})  {run.pairs}")
 
 
-def _annotate(run: Run, limit: int | None, concurrency: int, reuse: Path | None, as_json: bool) -> int:
-    """Returns how many of the questions have no valid answer."""
+def _annotate(run: Run, options: Mapping[str, Any]) -> Account:
+    """Ask, and say what came of it."""
     from sp2dpo.annotate.run import annotate as annotate_run
 
-    account = annotate_run(run, limit=limit, concurrency=concurrency, reuse=reuse)
-    say(
-        f"annotate  {account.valid:,} of {account.questions:,} questions answered, "
-        f"{account.attempts - account.recorded:,} calls made, {account.recorded:,} recorded answers read  {run.calls}"
-    )
+    account = annotate_run(run, **options)
+    say(f"annotate  {account.valid:,} of {account.questions:,} questions have a valid answer  {run.calls}")
+    for line in account.lines():
+        say(f"          {line}")
+    return account
+
+
+def _how_to_go_on(account: Account, process: Path, run_dir: Path | None) -> str:
+    where = f" --run-dir {run_dir}" if run_dir else ""
+    flags = account.retry_flags()
+    mended = "once that is mended, " if account.stopped or account.stopped_all else ""
+    command = f"sp2dpo annotate {process}{where}{f' {flags}' if flags else ''}"
+    return f"{account.missing:,} answers are missing; {mended}ask for them with: {command}"
+
+
+AnnotatorName = Annotated[
+    str | None, typer.Option("--annotator", metavar="NAME", help="whose questions; needed if several are asked")
+]
+
+
+@app.command(epilog="sp2dpo export process.yaml -o questions.jsonl    then: vllm run-batch -i questions.jsonl -o …")
+def export(
+    process: ProcessPath,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.jsonl[.gz]", help="where the questions go")],
+    run_dir: RunDir = None,
+    annotator: AnnotatorName = None,
+    limit: Limit = None,
+) -> None:
+    """Open questions as the input of a batch, to be answered elsewhere."""
+    from sp2dpo.annotate.exchange import export_open
+
+    run = _open(process, run_dir)
+    _prepare(run)
+    calls = export_open(run, output, annotator=annotator, limit=limit)
+    say(f"export    {calls:,} questions  {output}")
+
+
+@app.command("import", epilog="sp2dpo import process.yaml answers.jsonl --annotator qwen")
+def import_(
+    process: ProcessPath,
+    answers: Annotated[
+        Path, typer.Argument(metavar="ANSWERS.jsonl[.gz]", help="output of a batch or of `vllm run-batch`")
+    ],
+    run_dir: RunDir = None,
+    annotator: AnnotatorName = None,
+    limit: Limit = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answers made elsewhere into the call log, read as if they were asked for."""
+    from sp2dpo.annotate.exchange import import_answers
+
+    run = _open(process, run_dir)
+    _prepare(run)
+    made = import_answers(run, answers, annotator=annotator, limit=limit)
+    say(f"import    {made.taken:,} of {made.lines:,} answers taken; {made.account.valid:,} of "
+        f"{made.account.questions:,} questions have a valid answer  {run.calls}")  # fmt: skip
+    for line in made.account.lines():
+        say(f"          {line}")
+    if made.unused:
+        say(f"          {made.unused:,} answers are about no open question of this annotator")
+    if made.duplicates:
+        say(f"          {made.duplicates:,} lines answer a question again; the first counts")
+    if made.torn:
+        say(f"          line {made.torn:,}, the last, was cut off and left out")
     if as_json:
-        give({"questions": account.questions, "valid": account.valid, "missing": account.missing,
-              "attempts": account.attempts, "reused": account.reused, "cost_usd": account.cost_usd,
-              "outcomes": dict(account.outcomes), "mends": dict(account.mends)}, True)  # fmt: skip
-    for what, counts in (("outcomes", account.outcomes), ("mends", account.mends)):
-        if set(counts) - {"ok"}:
-            say(f"          {what}: " + ", ".join(f"{name} {n:,}" for name, n in counts.most_common()))
-    if account.reused:
-        say(f"          {account.reused:,} answers taken over from {reuse}")
-    for line in sorted(account.swapped):
-        say(f"          served model differs from the one asked for: {line}")
-    for name, why in account.stopped.items():
-        say(f"          annotator '{name}' was stopped: {why}")
-    if account.stopped:
-        raise Unfinished(f"{account.missing:,} answers are missing; once that is mended, run the same command again")
-    return account.missing
+        give(made.account.as_json(), True)
 
 
 @app.command(epilog="sp2dpo schedule process.yaml --json")
@@ -261,13 +436,19 @@ def run(
     run_dir: RunDir = None,
     limit: Limit = None,
     concurrency: Concurrency = 8,
+    transport: TransportName = "sync",
+    budget_usd: Budget = None,
+    rpm: Rpm = None,
+    tpm: Tpm = None,
     reuse: Reuse = None,
 ) -> None:
     """All of these in order; what is done is not repeated."""
     one = _open(process, run_dir)
     _check_extras(one)
     _prepare(one)
-    _annotate(one, limit, concurrency, reuse, as_json=False)
+    account = _annotate(one, _asking(limit, concurrency, transport, budget_usd, rpm, tpm, reuse))
+    if account.stopped or account.stopped_all:
+        raise Unfinished(_how_to_go_on(account, process, run_dir))
     _schedule(one, as_json=False)
     checked: list[str] = []
     _verify(one.path, checked.append)
@@ -315,6 +496,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except Sp2dpoError as error:
         say(f"sp2dpo: {error}")
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        say(f"sp2dpo: {error.filename or 'a file'} could not be written: {error.strerror}; what is done is kept")
+        sys.exit(Unfinished.exit_code)
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
             say("sp2dpo: interrupted; what is done is kept, and the same command goes on with the rest")

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 __all__ = ["PricePerMillion", "annotation_cost", "cost_usd"]
 
 
@@ -18,28 +21,40 @@ class PricePerMillion(Protocol):
     def output(self) -> float: ...
 
 
-def cost_usd(price: PricePerMillion | None, tokens_in: float | None, tokens_out: float | None) -> float | None:
-    """USD for so many tokens; None if the price or the count is unknown."""
+def cost_usd(
+    price: PricePerMillion | None, tokens_in: float | None, tokens_out: float | None, batch_discount: float = 0.0
+) -> float | None:
+    """USD for so many tokens, hidden reasoning counted as output; None if the price or a count is unknown.
+
+    Args:
+        batch_discount: share of the price that a batch call saves, 0 to 1.
+    """
     if price is None or tokens_in is None or tokens_out is None:
         return None
-    return (tokens_in * price.input + tokens_out * price.output) / 1e6
+    return (1 - batch_discount) * (tokens_in * price.input + tokens_out * price.output) / 1e6
 
 
 def annotation_cost(
     n_pairs: int,
     prices: Sequence[PricePerMillion],
-    tokens_in: Sequence[float],
-    tokens_out: float,
-    retry: float = 1.0,
+    tokens_in: ArrayLike,
+    tokens_out: ArrayLike,
+    retry: ArrayLike = 1.0,
+    batch_discount: ArrayLike = 0.0,
 ) -> float:
-    """USD to annotate `n_pairs` with every annotator under every prompt variant.
+    """USD to annotate `n_pairs` with every annotator j under every prompt variant k.
 
     Args:
         prices: one for each annotator j.
-        tokens_in: mean input tokens of a call, one for each prompt variant k.
-        tokens_out: mean output tokens of a call.
-        retry: ρ ≥ 1, calls made for each call needed.
+        tokens_in: mean input tokens of a call, one for each variant k, or a table annotators × variants.
+        tokens_out: mean output tokens of a call, hidden reasoning among them: one number or such a table.
+        retry: ρ ≥ 1, calls made for each call needed; one number, or one for each annotator j.
+        batch_discount: share of the price that is saved, 0 to 1; one number, or one for each annotator j.
 
-    Eq. 60.
+    Eq. 60. Differs: the paper has one number of output tokens and one ρ for all annotators, and no discount.
     """
-    return n_pairs * retry * sum((t * p.input + tokens_out * p.output) / 1e6 for p in prices for t in tokens_in)
+    p_in_j = np.array([price.input for price in prices], dtype=float)[:, None]
+    p_out_j = np.array([price.output for price in prices], dtype=float)[:, None]
+    share_j = np.asarray(retry, dtype=float) * (1 - np.asarray(batch_discount, dtype=float))
+    cost_jk = (np.asarray(tokens_in) * p_in_j + np.asarray(tokens_out) * p_out_j) / 1e6
+    return float(n_pairs * (share_j * cost_jk.sum(axis=1)).sum())

@@ -14,6 +14,7 @@ from rich.progress import Progress as RichProgress
 __all__ = ["Progress"]
 
 PLAIN_EVERY_S = 30.0
+REDRAW_EVERY_S = 0.1
 
 
 class Progress:
@@ -22,7 +23,8 @@ class Progress:
     def __init__(self, what: str, total: int, done: int = 0) -> None:
         self._what, self._total, self._done, self._before = what, total, done, done
         self._started = self._said = time.monotonic()
-        self._shown = ""
+        self._drawn = 0.0
+        self._words: dict[str, str] = {}
         self._failures: Counter[str] = Counter()
         self._cost = 0.0
         self._bar = self._rich() if sys.stderr.isatty() and total else None
@@ -38,7 +40,7 @@ class Progress:
             TextColumn("{task.fields[notes]}"),
         )
         bar = RichProgress(*columns, console=Console(stderr=True), transient=False)
-        bar.add_task(self._what, total=self._total, notes="")
+        bar.add_task(self._what, total=self._total, completed=self._done, notes="")
         return bar
 
     def __enter__(self) -> Progress:
@@ -48,6 +50,7 @@ class Progress:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._bar:
+            self._draw(self._bar)
             self._bar.stop()
 
     def note(self, outcome: str, cost_usd: float) -> None:
@@ -56,24 +59,43 @@ class Progress:
         if outcome not in ("ok", "repaired"):
             self._failures[outcome] += 1
 
-    def show(self, notes: str) -> None:
-        """Words to stand beside the bar."""
-        self._shown = notes
+    def say(self, about: str, words: str) -> None:
+        """Words to stand beside the bar; empty words take them away."""
+        self._words[about] = words
+        self.tick()
 
-    def advance(self) -> None:
-        """One more step is done."""
-        self._done += 1
+    def advance(self, steps: int = 1) -> None:
+        """So many more steps are done."""
+        self._done += steps
+        self.tick()
+
+    def tick(self) -> None:
+        """Show how it stands, if it is time to."""
+        now = time.monotonic()
         if self._bar:
-            self._bar.update(self._bar.task_ids[0], completed=self._done, notes=self._notes())
-        elif time.monotonic() - self._said >= PLAIN_EVERY_S:
-            self._said = time.monotonic()
-            rate = (self._done - self._before) / (self._said - self._started)
-            left = (self._total - self._done) / rate
-            print(
-                f"{self._what}: {self._done}/{self._total}, {rate:.1f}/s, eta {left:.0f} s {self._notes()}",
-                file=sys.stderr,
-            )
+            if now - self._drawn >= REDRAW_EVERY_S:
+                self._drawn = now
+                self._draw(self._bar)
+        elif now - self._said >= PLAIN_EVERY_S:
+            self._said = now
+            print(f"{self._what}: {self._plain(now)} {self._notes()}".rstrip(), file=sys.stderr, flush=True)
+
+    def _draw(self, bar: RichProgress) -> None:
+        bar.update(bar.task_ids[0], completed=self._done, notes=self._notes())
+
+    def _plain(self, now: float) -> str:
+        rate = (self._done - self._before) / (now - self._started)
+        eta = _duration((self._total - self._done) / rate) if rate else "unknown"
+        return f"{self._done:,}/{self._total:,}, {rate:.1f}/s, eta {eta}"
 
     def _notes(self) -> str:
-        spend = f"${self._cost:.2f} " if self._cost else ""
-        return self._shown + spend + " ".join(f"{kind}:{n}" for kind, n in self._failures.most_common(4))
+        spend = [f"${self._cost:.2f}"] if self._cost else []
+        failures = [f"{kind}:{n}" for kind, n in self._failures.most_common(4)]
+        words = [f"{about}: {said}" if about else said for about, said in self._words.items() if said]
+        return " ".join(spend + failures + words)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

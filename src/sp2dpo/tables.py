@@ -63,7 +63,8 @@ def read_table(path: Path, made_by: str) -> pa.Table:
     if not path.is_file():
         raise RunDirError(f"{path} is missing; make it with: {made_by}")
     try:
-        return pa.parquet.read_table(path)
+        with pa.parquet.ParquetFile(path) as file:
+            return file.read()
     except pa.ArrowInvalid as error:
         raise RunDirError(f"{path} is not a readable Parquet file ({error}); make it again with: {made_by}") from error
 

@@ -1,285 +1,333 @@
 """The annotation engine: asks every open question of the panel and keeps every attempt. Algorithm 2, phase 1.
 
-An answered question is never asked again; a failure is a row, not a crash. Bounds are the paper's (B.6): so many
-retries, with delays that double, and jitter.
+An answered question is never asked again; a failure is a row, not a crash. This file joins the parts: what is open
+(`plan`), who is asked (`teacher`), how (`engine`, `batch`, `on_ray`), for how much (`money`), and the account of it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-import random
-import time
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import signal
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
-from sp2dpo.annotate.judge import call_row
-from sp2dpo.annotate.plan import Question, open_questions, request_hash
-from sp2dpo.calls import Call, CallLog, open_calls
-from sp2dpo.llm import Answerer, Reply, Request
-from sp2dpo.llm.openai_chat import OpenAIChat, params_requested, params_sent
-from sp2dpo.llm.recorded import Recording, read_recording
-from sp2dpo.pairs import read_pairs
+from sp2dpo.annotate.account import Account, Book, write_account
+from sp2dpo.annotate.engine import Line, run_lines
+from sp2dpo.annotate.estimate import ESTIMATE, estimate
+from sp2dpo.annotate.jobs import UPLOAD_S, refuse_other_jobs, run_jobs
+from sp2dpo.annotate.money import Budget
+from sp2dpo.annotate.pace import Pace
+from sp2dpo.annotate.plan import Plan
+from sp2dpo.annotate.replay import Replay, take_over
+from sp2dpo.annotate.teacher import Teacher
+from sp2dpo.calls import Call, Ledger, open_ledger
+from sp2dpo.errors import ProcessError, Sp2dpoError, nearest
+from sp2dpo.llm import FAILURES
+from sp2dpo.llm.http import Endpoint, read_key
+from sp2dpo.pairs import check_pairs
 from sp2dpo.progress import Progress
+from sp2dpo.providers import refuse_ended
+from sp2dpo.reply import INVALID
 from sp2dpo.runs import Run
 from sp2dpo.settings import Annotator
-from sp2dpo.tables import write_manifest
 
-__all__ = ["Account", "annotate"]
+__all__ = ["Transport", "annotate"]
 
-BREAKER = 20
-"""So many attempts in a row without any answer from an endpoint, or four for each call in flight if that is more, and
-it is asked no more in this run."""
+Transport = Literal["sync", "batch", "ray"]
+
+ALL: Final = ""
+"""In a mapping of limits: of every annotator that has none of its own."""
 
 
 @dataclass
-class Account:
-    """What one run of the engine did, and how the whole stands."""
+class _Way:
+    """How the questions are asked: what flags say. Nothing here changes an answer."""
 
-    questions: int = 0
-    valid: int = 0
-    attempts: int = 0
-    reused: int = 0
-    recorded: int = 0
-    outcomes: Counter[str] = field(default_factory=Counter)
-    mends: Counter[str] = field(default_factory=Counter)
-    cost_usd: float = 0.0
-    stopped: dict[str, str] = field(default_factory=dict)
-    swapped: set[str] = field(default_factory=set)
-
-    @property
-    def missing(self) -> int:
-        return self.questions - self.valid
+    concurrency: int = 8
+    transport: Transport = "sync"
+    budget_usd: float | None = None
+    rpm: Mapping[str, float] = field(default_factory=dict)
+    tpm: Mapping[str, float] = field(default_factory=dict)
+    forget_batches: bool = False
+    connector: Callable[[], Any] | None = None
 
 
 def annotate(
-    run: Run, *, limit: int | None = None, concurrency: int = 8, reuse: Path | None = None, http_client: Any = None
+    run: Run,
+    *,
+    limit: int | None = None,
+    sample: int | None = None,
+    concurrency: int = 8,
+    transport: Transport = "sync",
+    reuse: Path | None = None,
+    retry: Collection[str] = (),
+    budget_usd: float | None = None,
+    rpm: Mapping[str, float] | None = None,
+    tpm: Mapping[str, float] | None = None,
+    forget_batches: bool = False,
+    connector: Callable[[], Any] | None = None,
 ) -> Account:
     """Ask what is open, log every attempt, and account for it.
 
     Args:
         limit: only the first so many pairs.
+        sample: only so many pairs, spread evenly over the file.
         concurrency: calls in flight for each annotator.
+        transport: single calls, batch jobs, or a Ray cluster.
         reuse: another run directory; its valid answers to the same questions are taken over, at no cost.
-        http_client: replaces the HTTP client of the endpoints, for tests.
+        retry: only questions whose last attempt ended in one of these kinds of failure.
+        budget_usd: never spend more than this in the run directory, what was spent before included.
+        rpm, tpm: requests and tokens a minute by annotator, or under the empty name for all.
+        forget_batches: give up batch jobs of earlier starts that were not collected.
+        connector: makes the aiohttp connector of an endpoint, for tests.
 
     Raises:
-        ProcessError: a key or a recording is missing; before anything is asked.
+        ProcessError: a key or a recording is missing, a flag names an unknown annotator or failure, or the budget
+            cannot be held because a price or an output cap is missing; before anything is asked.
+        RunDirError: another process writes the same call log.
+        Unfinished: the call log could not be written.
     """
-    settings = run.process.settings
-    pairs = read_pairs(run.pairs, "sp2dpo annotate PROCESS.yaml").slice(0, limit).to_pylist()
-    engines = [
-        _Engine(run, annotator, http_client, max(BREAKER, 4 * concurrency)) for annotator in settings.panel.annotators
-    ]
-    names = [annotator.name for annotator in settings.panel.annotators]
-    wanted = {(pair["pair_id"], name, v) for pair in pairs for name in names for v in settings.panel.variants}
-    account = Account(questions=len(wanted))
-    with open_calls(run.calls, create=True) as log:
-        if reuse is not None:
-            account.reused = _take_over(log, reuse / "calls.sqlite", _open(run, pairs, engines, log), engines)
-        questions = list(_open(run, pairs, engines, log))
+    way = _Way(concurrency, transport, budget_usd, rpm or {}, tpm or {}, forget_batches, connector)
+    _check_flags(run, retry, way)
+    panel = run.process.settings.panel
+    check_pairs(run.pairs, "sp2dpo annotate PROCESS.yaml")
+    keys = {a.name: read_key(a.api_key_env, f"annotator '{a.name}'") for a in _live(run)}
+    replays = [Replay(run, annotator) for annotator in panel.annotators if annotator.kind == "recorded"]
+    account = Account()
+    with open_ledger(run.calls) as ledger:
+        names = [annotator.name for annotator in panel.annotators]
+        plan = Plan(run.pairs, ledger, names, panel.variants, limit=limit, sample=sample, retry=retry)
+        teachers = [Teacher(run, annotator, ledger.served(annotator.name)) for annotator in _live(run)]
+        _check_budget(teachers, way)
+        if transport != "batch":
+            refuse_other_jobs(ledger, names, forget=forget_batches)
         try:
-            with Progress("annotate", len(questions)) as progress:
-                asyncio.run(_ask_all(engines, questions, log, account, progress, concurrency))
-        finally:
-            account.valid = len(wanted & log.valid_cells())
-            _write_manifest(run, log, account)
+            with _interruptible() as interrupt:
+                if reuse is not None:
+                    take_over(plan, reuse / "calls.sqlite", teachers, _keeper(ledger, account))
+                standing = plan.standing()
+                open_now = standing.open.total()
+                with Progress("annotate", standing.questions, done=standing.questions - open_now) as progress:
+                    book = Book(ledger, account, progress)
+                    for replay in replays:
+                        _replay(replay, plan, book)
+                    asked = [teacher for teacher in teachers if standing.open[teacher.name]]
+                    if asked:
+                        _prepare_to_spend(run)
+                        asyncio.run(_Asking(run, plan, keys, way, book, ledger).run(asked, interrupt))
+        except BaseException as error:  # noqa: BLE001 (raised again)
+            with suppress(OSError, Sp2dpoError):
+                _close(run, plan, ledger, teachers, account)
+            raise _own(error) from None
+        _close(run, plan, ledger, teachers, account)
     return account
 
 
-def _open(run: Run, pairs: Sequence[Mapping[str, Any]], engines: Sequence[_Engine], log: CallLog) -> Iterable[Question]:
-    names = [engine.annotator.name for engine in engines]
-    return open_questions(pairs, run.process.pack, names, answered=log.valid_cells(), asked=log.attempts())
+def _prepare_to_spend(run: Run) -> None:
+    """What has to be known before the first call.
+
+    Raises:
+        ProcessError: a model of the panel is no more.
+    """
+    refuse_ended(run.process.settings.panel.annotators, datetime.now(UTC).date())
+    if not (run.path / ESTIMATE).is_file():
+        made = estimate(run.process, run_dir=run.path)
+        made.write(run.path)
+        usd = "an unknown amount (no price)" if made.usd is None else f"about ${made.usd:,.2f}"
+        print(f"estimate  {made.calls:,} calls in all, {usd}; sp2dpo cost tells more", file=sys.stderr, flush=True)
 
 
-class _Engine:
-    """One annotator of the panel, with the state of its breaker."""
+def _close(run: Run, plan: Plan, ledger: Ledger, teachers: Sequence[Teacher], account: Account) -> None:
+    account.settle(plan.standing())
+    account.spent_usd, account.unknown_usd = _money(ledger, teachers)
+    write_account(run, ledger, account)
 
-    def __init__(self, run: Run, annotator: Annotator, http_client: Any, breaker: int) -> None:
-        self.breaker = breaker
-        self.annotator = annotator
-        self.decoding = run.process.settings.panel.decoding
-        self.silent = 0
-        self.stopped: str | None = None
-        self.recording: Recording | None = None
-        self.answerer: Answerer | None = None
-        if annotator.calls:
-            self.recording = read_recording(run.process.base / annotator.calls, annotator.name)
-        else:
-            self.answerer = OpenAIChat(annotator, self.decoding, http_client)
 
-    @property
-    def endpoint(self) -> str:
-        return self.answerer.endpoint if self.answerer else f"recorded:{Path(self.annotator.calls or '').name}"
+def _own(error: BaseException) -> BaseException:
+    """Of errors that several tasks met at once, this project's own; else what there is."""
+    while isinstance(error, BaseExceptionGroup):
+        own, rest = error.split(Sp2dpoError)
+        error = (own or rest or error).exceptions[0]
+    return error
 
-    def question_hash(self, question: Question) -> str:
-        sent = params_sent(self.annotator, self.decoding) if self.answerer else {}
-        return request_hash(self.endpoint, self.annotator.model, question.request().messages, sent)
 
-    def note(self, reply: Reply) -> None:
-        """Stop the annotator where going on is pointless."""
-        silent = reply.failure in ("connection", "timeout", "server_error", "rate_limited")
-        self.silent = self.silent + 1 if silent else 0
-        if reply.failure == "no_access":
-            self.stopped = f"HTTP {reply.http_status}: {reply.error}"
-        elif self.silent >= self.breaker:
-            self.stopped = (
-                f"{self.silent} attempts in a row without an answer; the last: {reply.failure}, {reply.error}"
+def _live(run: Run) -> list[Annotator]:
+    return [annotator for annotator in run.process.settings.panel.annotators if annotator.kind != "recorded"]
+
+
+def _check_flags(run: Run, retry: Collection[str], way: _Way) -> None:
+    kinds = {**FAILURES, **INVALID}
+    for kind in retry:
+        if kind not in kinds:
+            raise ProcessError(
+                f"--retry {kind}: no such kind of failure{nearest(kind, kinds)}; one of {', '.join(kinds)}"
             )
+    names = [annotator.name for annotator in _live(run)]
+    for flag, limits in (("--rpm", way.rpm), ("--tpm", way.tpm)):
+        for name in limits:
+            if name != ALL and name not in names:
+                raise ProcessError(f"{flag} {name}=…: no annotator of that name is asked{nearest(name, names)}")
 
 
-async def _ask_all(
-    engines: Sequence[_Engine],
-    questions: Sequence[Question],
-    log: CallLog,
-    account: Account,
-    progress: Progress,
-    concurrency: int,
-) -> None:
-    def keep(engine: _Engine, call: Call) -> None:
-        log.append(call)
-        _count(account, engine, call)
-        progress.note(call.outcome, account.cost_usd)
+def _check_budget(teachers: Sequence[Teacher], way: _Way) -> None:
+    if way.budget_usd is None:
+        return
+    for teacher in teachers:
+        if teacher.annotator.price is None:
+            raise ProcessError(
+                f"--budget-usd cannot be held: annotator '{teacher.name}' has no price; "
+                "add price: {input: …, output: …, as_of: …} in USD per million tokens (0 for a server of your own)"
+            )
+        problem = teacher.unbounded
+        if problem:
+            raise ProcessError(f"--budget-usd cannot be held: annotator '{teacher.name}' {problem}")
 
-    async def work(engine: _Engine, queue: asyncio.Queue[Question]) -> None:
-        while not queue.empty() and engine.stopped is None:
-            question = queue.get_nowait()
-            if engine.recording is not None:
-                keep(engine, _replay(engine, question))
-            else:
-                await _ask(engine, question, keep)
-            progress.advance()
 
-    workers = []
-    for engine in engines:
-        queue: asyncio.Queue[Question] = asyncio.Queue()
-        for question in questions:
-            if question.annotator == engine.annotator.name:
-                queue.put_nowait(question)
-        workers += [work(engine, queue) for _ in range(1 if engine.recording is not None else concurrency)]
+def _keeper(ledger: Ledger, account: Account) -> Callable[[list[Call]], None]:
+    def keep(rows: list[Call]) -> None:
+        ledger.append(*rows)
+        for row in rows:
+            account.note(row)
+
+    return keep
+
+
+def _replay(replay: Replay, plan: Plan, book: Book) -> None:
+    for rows in replay.rows(plan):
+        book.keep_now(rows)
+        book.done(len(rows))
+
+
+def _money(ledger: Ledger, teachers: Sequence[Teacher]) -> tuple[float | None, float | None]:
+    """USD that the log knows to be spent, and what calls without a known bill may have cost at most."""
+    if not teachers or any(teacher.annotator.price is None for teacher in teachers):
+        return None, None
+    counts = [count for count in ledger.counts() if count.origin == "live"]
+    return sum(c.cost_usd for c in counts), sum(c.cost_bound_usd for c in counts) + ledger.unaccounted_usd()
+
+
+# Asking -------------------------------------------------------------------------------------------------------------
+
+
+class _Interrupt:
+    """Ctrl-C: the first lets calls in flight end, because they are paid for; the second does not."""
+
+    def __init__(self) -> None:
+        self.pressed = False
+        self.stop: Callable[[], None] | None = None
+
+    def __call__(self, *_: Any) -> None:
+        if self.pressed or self.stop is None:
+            raise KeyboardInterrupt
+        self.pressed = True
+        print("\nsp2dpo: waiting for the calls in flight; Ctrl-C again to leave them", file=sys.stderr, flush=True)
+        self.stop()
+
+
+@contextmanager
+def _interruptible() -> Iterator[_Interrupt]:
+    interrupt = _Interrupt()
     try:
-        async with asyncio.TaskGroup() as group:
-            for worker in workers:
-                group.create_task(worker)
+        before = signal.signal(signal.SIGINT, interrupt)
+    except ValueError:  # not the main thread
+        yield interrupt
+        return
+    try:
+        yield interrupt
     finally:
-        for engine in engines:
-            if engine.answerer:
-                await engine.answerer.close()
-            if engine.stopped:
-                account.stopped[engine.annotator.name] = engine.stopped
+        signal.signal(signal.SIGINT, before)
+    if interrupt.pressed:
+        raise KeyboardInterrupt
 
 
-async def _ask(engine: _Engine, question: Question, keep: Any) -> None:
-    """One question with its retries; every attempt is kept before the next step."""
-    assert engine.answerer is not None
-    decoding, request = engine.decoding, question.request()
-    for retry in range(decoding.retry_attempts + 1):
-        started, clock = datetime.now(UTC), time.monotonic()
-        reply = await engine.answerer.ask(request)
-        engine.note(reply)
-        call = call_row(
-            request,
-            reply,
-            engine.annotator,
-            attempt=question.asked + retry + 1,
-            endpoint=engine.endpoint,
-            origin="live",
-            requested=params_requested(decoding),
-            started=started,
-            latency_s=time.monotonic() - clock,
+class _Asking:
+    """One start of the engine: what all annotators share."""
+
+    def __init__(
+        self, run: Run, plan: Plan, keys: Mapping[str, str | None], way: _Way, book: Book, ledger: Ledger
+    ) -> None:
+        self._run, self._plan, self._keys = run, plan, keys
+        self._way, self._book, self._ledger = way, book, ledger
+        self._decoding = run.process.settings.panel.decoding
+        names = [annotator.name for annotator in _live(run)]
+        self._budget = Budget(way.budget_usd, ledger.spent(names) + ledger.unaccounted_usd())
+        self._lines: list[Line] = []
+        self._jobs: asyncio.Task[None] | None = None
+
+    async def run(self, teachers: Sequence[Teacher], interrupt: _Interrupt) -> None:
+        """Batch jobs first if they are wanted; then single calls for what is open."""
+        loop, account = asyncio.get_running_loop(), self._book.account
+        interrupt.stop = lambda: _soon(loop, self.stop, "interrupted")
+        ticker = asyncio.create_task(self._tick())
+        try:
+            if self._way.transport == "batch":
+                self._jobs = asyncio.create_task(self._run_jobs(teachers))
+                with suppress(asyncio.CancelledError):
+                    await self._jobs
+                teachers = [teacher for teacher in teachers if teacher.name not in account.stopped]
+            if account.stopped_all is None and teachers:
+                self._ledger.start()
+                await self._run_lines(teachers)
+                self._ledger.end()
+        finally:
+            interrupt.stop = None
+            ticker.cancel()
+
+    def stop(self, why: str) -> None:
+        """No annotator goes on; calls in flight are awaited, batch jobs are left to the provider."""
+        account = self._book.account
+        account.stopped_all = account.stopped_all or why
+        if self._jobs is not None:
+            self._jobs.cancel()
+        for line in self._lines:
+            line.stop(why)
+
+    async def _run_jobs(self, teachers: Sequence[Teacher]) -> None:
+        asked = [(teacher, self._endpoint(teacher, max(UPLOAD_S, self._decoding.timeout))) for teacher in teachers]
+        folder = self._run.path / "batches"
+        await run_jobs(asked, self._plan, self._book, self._ledger, self._budget, folder)
+
+    async def _run_lines(self, teachers: Sequence[Teacher]) -> None:
+        self._lines = [self._line(teacher) for teacher in teachers]
+        try:
+            await run_lines(self._lines)
+        finally:
+            for line in self._lines:
+                if line.stopped and not self._book.account.stopped_all:
+                    self._book.account.stopped[line.teacher.name] = line.stopped
+
+    def _line(self, teacher: Teacher) -> Line:
+        way, name = self._way, teacher.name
+        return Line(
+            teacher,
+            self._endpoint(teacher, self._decoding.timeout),
+            self._plan.stream(name, together=teacher.decides),
+            decoding=self._decoding,
+            concurrency=way.concurrency,
+            transport="sync",
+            pace=Pace(way.rpm.get(name, way.rpm.get(ALL)), way.tpm.get(name, way.tpm.get(ALL))),
+            budget=self._budget,
+            book=self._book,
+            stop_all=self.stop,
         )
-        keep(engine, call)
-        if call.valid or engine.stopped or retry == decoding.retry_attempts:
-            return
-        if reply.failure in ("rate_limited", "server_error", "timeout", "connection"):
-            await asyncio.sleep(_delay(decoding.retry_delay_base, retry, reply.retry_after))
+
+    def _endpoint(self, teacher: Teacher, timeout: float) -> Endpoint:
+        connector = self._way.connector() if self._way.connector else None
+        return Endpoint(teacher.endpoint, self._keys[teacher.name], timeout, connector)
+
+    async def _tick(self) -> None:
+        """Show how it stands also while nothing comes back."""
+        while True:
+            await asyncio.sleep(1)
+            self._book.tick()
+            for line in self._lines:
+                self._book.say(line.teacher.name, line.waiting)
 
 
-def _delay(base: float, retry: int, retry_after: float | None) -> float:
-    """Exponential, with jitter so that calls do not come back in step; never less than the server asks for."""
-    return max(base * 2.0**retry * random.uniform(0.75, 1.25), retry_after or 0.0)
-
-
-def _replay(engine: _Engine, question: Question) -> Call:
-    """The recorded answer to a question, or the reason why there is none."""
-    assert engine.recording is not None
-    request = question.request()
-    row = engine.recording.get((request.pair_id, request.variant))
-    if row is None:
-        reply, origin = Reply(failure="not_recorded"), {}
-    else:
-        names = (
-            "raw_text",
-            "finish_reason",
-            "served_model",
-            "prompt_tokens",
-            "completion_tokens",
-            "system_fingerprint",
-        )
-        fields: dict[str, Any] = {name: row.get(name) for name in names}
-        reply, origin = Reply(**fields, http_status=row.get("http_status")), dict(row)
-    call = call_row(
-        request,
-        reply,
-        engine.annotator,
-        attempt=question.asked + 1,
-        endpoint=engine.endpoint,
-        origin="recorded",
-        requested={},
-        started=datetime.now(UTC),
-        latency_s=0.0,
-    )
-    return _as_recorded(call, request, origin) if "request_hash" in origin else call
-
-
-def _as_recorded(call: Call, request: Request, row: Mapping[str, Any]) -> Call:
-    """A call of another log: as it was logged there, if it was given to this question."""
-    asked = request_hash(row["endpoint"], row["requested_model"], request.messages, json.loads(row["params_sent"]))
-    if asked != row["request_hash"]:
-        return replace(
-            call, outcome="other_question", mends="[]", category=None, magnitude=None, confidence=None, raw_text=None
-        )
-    return replace(Call(**row), attempt=call.attempt, origin="recorded", annotator=call.annotator)
-
-
-def _take_over(log: CallLog, path: Path, questions: Iterable[Question], engines: Sequence[_Engine]) -> int:
-    """Copy valid answers to the same questions from another log."""
-    by_name = {engine.annotator.name: engine for engine in engines}
-    with open_calls(path) as other:
-        known = {(cell, call.request_hash): call for cell, call in other.answers().items()}
-    taken = 0
-    for question in questions:
-        call = known.get((question.cell, by_name[question.annotator].question_hash(question)))
-        if call is not None:
-            log.append(replace(call, origin="reused", attempt=question.asked + 1))
-            taken += 1
-    return taken
-
-
-def _count(account: Account, engine: _Engine, call: Call) -> None:
-    account.attempts += 1
-    account.outcomes[call.outcome] += 1
-    account.mends.update(json.loads(call.mends))
-    if call.origin == "recorded":
-        account.recorded += 1
-    if call.origin == "live":
-        account.cost_usd += call.cost_usd or 0.0
-        if call.served_model and call.served_model != call.requested_model:
-            account.swapped.add(f"{engine.annotator.name}: asked {call.requested_model}, served {call.served_model}")
-
-
-def _write_manifest(run: Run, log: CallLog, account: Account) -> None:
-    write_manifest(
-        run.calls,
-        files={},
-        inputs={},
-        lambda_hash=run.process.lambda_hash,
-        content=log.content_hash(),
-        attempts=len(log),
-        questions=account.questions,
-        valid=account.valid,
-    )
+def _soon(loop: asyncio.AbstractEventLoop, call: Callable[[str], None], why: str) -> None:
+    loop.call_soon_threadsafe(call, why)

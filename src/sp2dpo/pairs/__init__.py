@@ -5,6 +5,16 @@ Loads, normalises, filters and counts; knows nothing of annotators, gaps or β.
 
 from sp2dpo.pairs.filters import FILTERS
 from sp2dpo.pairs.prepare import Prepared, pair_id, prepare
-from sp2dpo.pairs.store import MESSAGES, PAIRS_SCHEMA, read_pairs, write_prepared
+from sp2dpo.pairs.store import MESSAGES, PAIRS_SCHEMA, check_pairs, read_pairs, write_prepared
 
-__all__ = ["FILTERS", "MESSAGES", "PAIRS_SCHEMA", "Prepared", "pair_id", "prepare", "read_pairs", "write_prepared"]
+__all__ = [
+    "FILTERS",
+    "MESSAGES",
+    "PAIRS_SCHEMA",
+    "Prepared",
+    "check_pairs",
+    "pair_id",
+    "prepare",
+    "read_pairs",
+    "write_prepared",
+]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pyarrow as pa
+import pyarrow.parquet
 
 from sp2dpo import tables
 from sp2dpo.errors import DataError
@@ -15,7 +16,7 @@ from sp2dpo.hashing import sha256_file
 if TYPE_CHECKING:
     from sp2dpo.pairs.prepare import Prepared
 
-__all__ = ["DROPPED_SCHEMA", "MESSAGES", "PAIRS_SCHEMA", "dropped_path", "read_pairs", "write_prepared"]
+__all__ = ["DROPPED_SCHEMA", "MESSAGES", "PAIRS_SCHEMA", "check_pairs", "dropped_path", "read_pairs", "write_prepared"]
 
 MESSAGES: Final[pa.DataType] = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
@@ -40,6 +41,7 @@ _DROPPED: Final[dict[str, pa.DataType]] = {
 DROPPED_SCHEMA: Final = pa.schema(_DROPPED)
 
 OPTIONAL: Final = {"source_row"}
+_ROWS_AT_ONCE: Final = 1024
 
 
 def dropped_path(path: Path) -> Path:
@@ -71,7 +73,10 @@ def read_pairs(path: Path, made_by: str) -> pa.Table:
         RunDirError: no such file, or not Parquet.
         DataError: a column is missing, of another type, or empty somewhere.
     """
-    table = tables.read_table(path, made_by)
+    return _checked(tables.read_table(path, made_by), path, made_by)
+
+
+def _checked(table: pa.Table, path: Path, made_by: str) -> pa.Table:
     missing = [name for name in PAIRS_SCHEMA.names if name not in table.column_names and name not in OPTIONAL]
     if missing:
         raise DataError(f"{path} has no column {', '.join(missing)}; make it with: {made_by}")
@@ -79,6 +84,24 @@ def read_pairs(path: Path, made_by: str) -> pa.Table:
         if field.name in table.column_names:
             table = _typed(table, field, path, made_by)
     return table
+
+
+def check_pairs(path: Path, made_by: str) -> None:
+    """The same checks without keeping the texts.
+
+    Raises:
+        RunDirError, DataError: as `read_pairs`.
+    """
+    if not path.is_file():
+        read_pairs(path, made_by)
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            there = [name for name in PAIRS_SCHEMA.names if name in file.schema_arrow.names]
+            _checked(file.schema_arrow.empty_table(), path, made_by)
+            for batch in file.iter_batches(_ROWS_AT_ONCE, columns=there):
+                _checked(pa.Table.from_batches([batch]), path, made_by)
+    except pa.ArrowInvalid:
+        read_pairs(path, made_by)
 
 
 def _typed(table: pa.Table, field: pa.Field[Any], path: Path, made_by: str) -> pa.Table:

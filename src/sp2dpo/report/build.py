@@ -21,6 +21,7 @@ from sp2dpo.report.cards import LONGEST, visible
 from sp2dpo.report.data import Evidence, read_evidence
 from sp2dpo.report.figures import LINES
 from sp2dpo.report.marks import read_marks
+from sp2dpo.report.money import money_rows
 from sp2dpo.report.provenance import files_of, inputs_of, settings_of, versions_of
 from sp2dpo.report.summary import WIDE, in_short, warnings
 from sp2dpo.report.tally import Tally, spend, tally_calls
@@ -99,6 +100,7 @@ def _context(evidence: Evidence, tally: Tally, calls_hash: str) -> dict[str, Any
         "notes": notes_of_pairs(evidence),
         "tally": tally,
         "spent": spend(tally, run.process.settings.panel.annotators),
+        "money": money_rows(run, tally),
         "categories": rows,
         "beta_chart": charts.beta_chart(evidence),
         "top": top,

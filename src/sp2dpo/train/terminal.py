@@ -36,8 +36,8 @@ class _Bar(TrainerCallback):  # type: ignore[misc]
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **more: Any) -> None:
         if self._progress and logs and "loss" in logs:
             shown = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies"}
-            self._progress.show(
-                " ".join(f"{name} {float(logs[key]):.3f}" for name, key in shown.items() if key in logs)
+            self._progress.say(
+                "", " ".join(f"{name} {float(logs[key]):.3f}" for name, key in shown.items() if key in logs)
             )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
