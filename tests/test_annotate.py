@@ -441,9 +441,9 @@ def test_questions_that_were_never_asked_are_no_retries(new_run: NewRun) -> None
 def test_the_flags_for_the_rest_name_the_failures_unless_something_was_never_asked(new_run: NewRun) -> None:
     run = new_run(pairs=rows(3), panel={"decoding": {"retry_attempts": 0}})
     first = ask(run, in_turn(completion("?"), Answer(status=400)), concurrency=1, limit=2)
-    assert first.retry_flags() == "--retry bad_request --retry no_object"
+    assert first.retry_flags() == ["--retry", "bad_request", "--retry", "no_object"]
     assert ask(run, lambda asked: Answer(status=401), concurrency=1).missing_by_cause["not asked yet"] == 1
-    assert ask(run, no_one, retry=("empty",)).retry_flags() == ""
+    assert ask(run, no_one, retry=("empty",)).retry_flags() == []
 
 
 def test_a_kind_of_failure_that_there_is_not_is_refused_with_the_nearest(new_run: NewRun) -> None:

@@ -119,7 +119,8 @@ def test_an_annotator_that_was_stopped_ends_with_1_and_says_what_is_missing(sp2d
     assert is_one_line(ran.err)
     assert re.search(r"annotator 'teacher' was stopped: 3 attempts in a row without an answer; .*127\.0\.0\.1", ran.err)
     assert ran.err.endswith(
-        f"sp2dpo: 9 answers are missing; once that is mended, ask for them with: sp2dpo annotate {path}\n"
+        "sp2dpo: 9 answers are missing; once that is mended, ask for them with: "
+        f"sp2dpo annotate {path} --concurrency 1\n"
     )
 
 
@@ -265,6 +266,7 @@ def test_json_is_one_object_on_stdout_and_talk_is_on_stderr(sp2dpo: Sp2dpo, tmp_
         "missing_by_cause": {"not_recorded": 1},
         "attempts": 4,
         "live": 0,
+        "calls": 0,
         "recorded": 4,
         "reused": 0,
         "imported": 0,
@@ -275,6 +277,7 @@ def test_json_is_one_object_on_stdout_and_talk_is_on_stderr(sp2dpo: Sp2dpo, tmp_
         "unknown_usd": None,
         "stopped": {},
         "stopped_all": None,
+        "over_budget": False,
     }
     assert "3 of 4 questions have a valid answer" in annotated.err
     assert "4 recorded answers read" in annotated.err

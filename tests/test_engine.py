@@ -189,7 +189,7 @@ def test_the_budget_is_never_passed_even_by_calls_that_failed_or_whose_bill_is_u
         account = annotate(run, concurrency=16, budget_usd=0.8)
         assert spent_at(server) <= 0.8
         assert 10 < account.valid < 100
-        assert str(account.stopped_all).startswith("the budget of $0.80 is reached: $0.7")
+        assert str(account.stopped_all).startswith("the budget of $0.8 is reached: $0.7")
         assert account.spent_usd is not None
         assert account.unknown_usd is not None
         assert 0 < account.spent_usd < account.spent_usd + account.unknown_usd <= 0.8
@@ -300,7 +300,7 @@ def test_the_budget_holds_over_kills(tmp_path: Path) -> None:
             started.ended()
         code, _, err = Started(folder, *options).ended()
         assert code == 1
-        assert "the budget of $0.90 is reached" in err
+        assert "the budget of $0.9 is reached" in err
         assert "answers are missing" in err.splitlines()[-1]
         assert 0.3 < spent_at(server) <= 0.9
 

@@ -32,7 +32,7 @@ EXCEPTIONS = {
 HEAVY = {
     **{name: {"loss", "train"} for name in ("torch", "trl", "transformers", "datasets", "peft", "accelerate")},
     "matplotlib": {"report"},
-    "ray": {"annotate.on_ray"},
+    "ray": {"annotate.on_ray", "annotate.ray_nodes"},
 }
 """Libraries that take seconds to load, or are not always there, and the only places that may know them."""
 

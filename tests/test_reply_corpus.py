@@ -183,6 +183,26 @@ def test_no_depth_at_all_raises(opening: str) -> None:
             assert set(decided(api, f'{{"answers": {{"category_v1": {nested}}}}}', ("v1",)).values()) == {None}
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "part", [*'"\\,[{:} 1`_', '\\"', '"\\', ", ", "},", "```", "semantic ", "semantic_gap_", f"{KEYS[1]} is "]
+)
+def test_no_length_keeps_a_reader_busy(part: str) -> None:
+    filling = part * 300_000
+    for text in (
+        filling,
+        "{" + filling,
+        PLAIN + filling,
+        filling + PLAIN,
+        PLAIN[:-1] + filling,
+        PLAIN[:-1] + f', "{filling}"}}',
+    ):
+        assert gap_of(parse_reply(text)) in (None, ("Reasoning", 0.72, 0.95))
+        assert parse_decision(text).gap is None
+    text = PLAIN[:-1] + f', "long": {json.dumps(filling)}}}'
+    assert gap_of(parse_reply(text)) in (None, ("Reasoning", 0.72, 0.95))
+
+
 # Responses of a chat endpoint ----------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from sp2dpo import __version__
@@ -22,6 +24,7 @@ from sp2dpo.runs import Run
 if TYPE_CHECKING:
     from sp2dpo.annotate.account import Account
     from sp2dpo.annotate.estimate import Estimate
+    from sp2dpo.process import Process
 
 __all__ = ["app", "main"]
 
@@ -65,6 +68,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="the result as one JSON obj
 
 
 INTERRUPTED = 130
+_ARGUMENTS: list[str] = []
 
 
 def say(text: str) -> None:
@@ -81,7 +85,7 @@ def give(data: Mapping[str, Any], as_json: bool, title: str = "") -> None:
         print(title)
     table = Table("what", "value", box=SIMPLE_HEAD, show_header=False)
     for name, value in data.items():
-        table.add_row(name, _shown(value))
+        table.add_row(escape(name), escape(_shown(value)))
     Console().print(table)
 
 
@@ -159,7 +163,7 @@ def cost(
         _annotate(run, {"sample": pilot})
     one = load_process(process)
     folder = run_dir or Path("runs") / one.settings.name
-    made = estimate(one, run_dir=folder if folder.is_dir() else None, limit=limit)
+    made = estimate(one, run_dir=folder if _belongs(folder, one) else None, limit=limit)
     if pilot is not None and limit is None:
         made.write(folder)
     if as_json:
@@ -168,20 +172,27 @@ def cost(
         _show_estimate(made)
 
 
+def _belongs(folder: Path, process: Process) -> bool:
+    """Whether a run directory is one of this λ, so that what was measured there holds."""
+    from sp2dpo.process import process_of
+
+    return (folder / "process.yaml").is_file() and process_of(folder).lambda_hash == process.lambda_hash
+
+
 def _show_estimate(made: Estimate) -> None:
     print(f"{made.pairs:,} pairs, {made.calls:,} calls, {made.recorded_answers:,} recorded answers")
     table = Table("annotator", box=SIMPLE_HEAD)
-    for name in ("calls", "in", "out", "hidden", "USD", "as batch"):
+    for name in ("calls", "tokens in", "out", "hidden", "USD", "as batch"):
         table.add_column(name, justify="right")
     for part in made.annotators:
-        hidden = "?" if part.hidden_tokens is None else f"{part.hidden_tokens:,.0f}"
+        hidden = "unknown" if part.hidden_tokens is None else f"{part.hidden_tokens:,.0f}"
         tokens = (f"{part.input_tokens:,.0f}", f"{part.output_tokens:,.0f}", hidden)
-        table.add_row(part.annotator, f"{part.calls:,}", *tokens, _usd(part.usd), _usd(part.usd_batch))
+        table.add_row(escape(part.annotator), f"{part.calls:,}", *tokens, _usd(part.usd), _usd(part.usd_batch))
     table.add_row("all", f"{made.calls:,}", "", "", "", _usd(made.usd), _usd(made.usd_batch))
     Console().print(table)
     for part in made.annotators:
         print(f"{part.annotator}: {part.basis}")
-    if any(part.counted_by != "pilot" for part in made.annotators):
+    if any(part.counted_by != "pilot" and part.output_tokens for part in made.annotators):
         say("hidden reasoning is billed, and only a pilot measures it: sp2dpo cost PROCESS.yaml --pilot 50")
 
 
@@ -201,11 +212,13 @@ def preflight(process: ProcessPath, as_json: AsJson = False) -> None:
     else:
         table = Table("annotator", "", "what", "found", box=SIMPLE_HEAD)
         for check in checks:
-            table.add_row(check.annotator, {"ok": "✓", "warn": "!", "fail": "✗"}[check.state], check.what, check.found)
+            mark = "·" if check.what == "not verified" else {"ok": "✓", "warn": "!", "fail": "✗"}[check.state]
+            table.add_row(*map(escape, (check.annotator, mark, check.what, check.found)))
         Console().print(table)
     failed = sum(check.state == "fail" for check in checks)
     if failed:
-        raise Unfinished(f"{failed} checks failed; nothing should be asked of this panel before they are mended")
+        what = "1 check failed" if failed == 1 else f"{failed} checks failed"
+        raise Unfinished(f"{what}; nothing should be asked of this panel before that is mended")
 
 
 @app.command(epilog="sp2dpo annotate process.yaml --limit 100 --concurrency 16")
@@ -238,7 +251,7 @@ def annotate(
     if as_json:
         give(account.as_json(), True)
     if account.missing:
-        raise Unfinished(_how_to_go_on(account, process, run_dir))
+        raise Unfinished(_how_to_go_on(account))
 
 
 def _asking(
@@ -298,12 +311,16 @@ def _annotate(run: Run, options: Mapping[str, Any]) -> Account:
     return account
 
 
-def _how_to_go_on(account: Account, process: Path, run_dir: Path | None) -> str:
-    where = f" --run-dir {run_dir}" if run_dir else ""
-    flags = account.retry_flags()
-    mended = "once that is mended, " if account.stopped or account.stopped_all else ""
-    command = f"sp2dpo annotate {process}{where}{f' {flags}' if flags else ''}"
-    return f"{account.missing:,} answers are missing; {mended}ask for them with: {command}"
+def _how_to_go_on(account: Account) -> str:
+    """The command that asks for what is missing: this one, and if nothing was left unasked, for the failures only."""
+    words = list(_ARGUMENTS)
+    while "--retry" in words:
+        at = words.index("--retry")
+        del words[at : at + 2]
+    if words[:1] == ["annotate"]:
+        words += account.retry_flags()
+    mended = "once that is mended, " if account.stopped or (account.stopped_all and not account.over_budget) else ""
+    return f"{account.missing:,} answers are missing; {mended}ask for them with: {shlex.join(['sp2dpo', *words])}"
 
 
 AnnotatorName = Annotated[
@@ -311,7 +328,7 @@ AnnotatorName = Annotated[
 ]
 
 
-@app.command(epilog="sp2dpo export process.yaml -o questions.jsonl    then: vllm run-batch -i questions.jsonl -o …")
+@app.command(epilog="sp2dpo export process.yaml -o questions.jsonl --annotator qwen")
 def export(
     process: ProcessPath,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.jsonl[.gz]", help="where the questions go")],
@@ -375,6 +392,9 @@ def _schedule(run: Run, as_json: bool, *, data: bool = False) -> None:
         f"schedule  {n:,} pairs with β in [{beta.min():.4f}, {beta.max():.4f}], mean {beta.mean():.4f}; "
         f"{out:,} rows excluded  {run.schedule}"
     )
+    if len(set(made.kinds.values())) > 1:
+        listed = ", ".join(f"{name} {kind}" for name, kind in made.kinds.items())
+        say(f"          annotators of different kinds, which no paper has compared: {listed}")
     if data:
         give({"scheduled": n, "excluded": out, "beta_min": float(beta.min()), "beta_mean": float(beta.mean()),
               "beta_max": float(beta.max()), "schedule": str(run.schedule)}, as_json)  # fmt: skip
@@ -448,7 +468,9 @@ def run(
     _prepare(one)
     account = _annotate(one, _asking(limit, concurrency, transport, budget_usd, rpm, tpm, reuse))
     if account.stopped or account.stopped_all:
-        raise Unfinished(_how_to_go_on(account, process, run_dir))
+        raise Unfinished(_how_to_go_on(account))
+    if account.missing:
+        say(f"          {_how_to_go_on(account)}")
     _schedule(one, as_json=False)
     checked: list[str] = []
     _verify(one.path, checked.append)
@@ -491,6 +513,7 @@ def _root(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; the project's own errors are one line, a bug keeps its traceback."""
+    _ARGUMENTS[:] = sys.argv[1:] if argv is None else argv
     try:
         app(argv, standalone_mode=True)
     except Sp2dpoError as error:

@@ -51,7 +51,9 @@ def annotation_cost(
         retry: ρ ≥ 1, calls made for each call needed; one number, or one for each annotator j.
         batch_discount: share of the price that is saved, 0 to 1; one number, or one for each annotator j.
 
-    Eq. 60. Differs: the paper has one number of output tokens and one ρ for all annotators, and no discount.
+    Differs: the paper has one number of output tokens and one ρ for all annotators, and no discount.
+
+    Eq. 60.
     """
     p_in_j = np.array([price.input for price in prices], dtype=float)[:, None]
     p_out_j = np.array([price.output for price in prices], dtype=float)[:, None]

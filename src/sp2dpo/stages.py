@@ -75,6 +75,7 @@ class Scheduled:
     schedule: pa.Table
     excluded: pa.Table
     calls_hash: str
+    kinds: Mapping[str, str]
 
 
 def build_schedule(run: Run) -> Scheduled:
@@ -88,7 +89,7 @@ def build_schedule(run: Run) -> Scheduled:
         content = log.content_hash()
     schedule = schedule_table(pairs, gaps, annotators, variants, settings.schedule)
     excluded = excluded_table(pairs, read_dropped(run), gaps, schedule, failures, annotators, variants)
-    return Scheduled(gaps, schedule, excluded, content)
+    return Scheduled(gaps, schedule, excluded, content, {a.name: a.kind for a in settings.panel.annotators})
 
 
 def schedule_run(run: Run) -> Scheduled:
@@ -114,5 +115,6 @@ def schedule_run(run: Run) -> Scheduled:
         inputs={run.pairs.name: pairs, run.gaps.name: gaps, run.calls.name: made.calls_hash},
         lambda_hash=lam,
         counts={"scheduled": made.schedule.num_rows, "excluded": made.excluded.num_rows},
+        kinds=dict(made.kinds),
     )
     return made

@@ -68,7 +68,9 @@ def _manifests(run: Run) -> str:
     for artifact in (run.pairs, run.gaps, run.schedule):
         manifest = read_manifest(artifact)
         if manifest is None:
-            raise Unfinished(f"{artifact} has no manifest: it was not finished")
+            raise Unfinished(
+                f"{artifact} has no manifest: it was not made, or not finished; sp2dpo schedule PROCESS.yaml makes it"
+            )
         _same(artifact.name, "λ", manifest["lambda"], run.process.lambda_hash)
         for name, sha in manifest["files"].items():
             path = run.path / name

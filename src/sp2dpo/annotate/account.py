@@ -36,6 +36,7 @@ class Account:
     missing_by_cause: Counter[str] = field(default_factory=Counter)
     attempts: int = 0
     live: int = 0
+    calls: int = 0
     recorded: int = 0
     reused: int = 0
     imported: int = 0
@@ -46,6 +47,7 @@ class Account:
     unknown_usd: float | None = None
     stopped: dict[str, str] = field(default_factory=dict)
     stopped_all: str | None = None
+    over_budget: bool = False
 
     @property
     def missing(self) -> int:
@@ -67,16 +69,17 @@ class Account:
         """How the whole stands in the end."""
         self.questions, self.valid, self.missing_by_cause = standing.questions, standing.valid, standing.missing
 
-    def retry_flags(self) -> str:
-        """Flags that ask again for failures only; empty if some question was never asked."""
-        failed = [kind for kind in self.missing_by_cause if kind != NEVER_ASKED]
-        return "" if NEVER_ASKED in self.missing_by_cause else " ".join(f"--retry {kind}" for kind in sorted(failed))
+    def retry_flags(self) -> list[str]:
+        """Flags that ask again for failures only; none if some question was never asked."""
+        if NEVER_ASKED in self.missing_by_cause:
+            return []
+        return [word for kind in sorted(self.missing_by_cause) for word in ("--retry", kind)]
 
     def lines(self) -> Iterator[str]:
         """What there is to say, a line for each."""
         if self.live:
             spent = "" if self.spent_usd is None else f", ${self.cost_usd:,.4f} (${self.spent_usd:,.4f} in all)"
-            yield f"{self.live:,} calls made{spent}"
+            yield f"{_n(self.calls, 'call')} made{spent}"
         taken = {"recorded answers read": self.recorded, "answers taken over": self.reused, "imported": self.imported}
         if any(taken.values()):
             yield ", ".join(f"{n:,} {what}" for what, n in taken.items() if n)
@@ -96,6 +99,10 @@ class Account:
     def as_json(self) -> dict[str, Any]:
         """All of it, for `--json`."""
         return {**vars(self), "missing": self.missing}
+
+
+def _n(count: int, what: str) -> str:
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
 def _list(counts: Counter[str]) -> str:
@@ -125,9 +132,10 @@ class Book:
         self._tokens: Counter[str] = Counter()
         self._noted_usd = 0.0
 
-    async def keep(self, rows: Sequence[Call]) -> None:
-        """Returns when the rows are on disk."""
+    async def keep(self, rows: Sequence[Call], calls: int = 1) -> None:
+        """The rows of some calls; returns when they are on disk."""
         await self._ledger.add(*rows)
+        self.account.calls += calls
         self._note(rows)
 
     def keep_now(self, rows: Sequence[Call]) -> None:

@@ -195,6 +195,7 @@ class Line:
         try:
             reservation = await self._budget.reserve(bound)
         except BudgetReached as reached:
+            self._book.account.over_budget = True
             self._stop_all(str(reached))
             return
         tokens = self._book.tokens_of(self.teacher, request) if self.pace.counts_tokens else 0.0

@@ -22,6 +22,7 @@ import pyarrow as pa
 from sp2dpo.annotate.teacher import body_of
 from sp2dpo.calls import CallLog, Cell, Usage, open_calls
 from sp2dpo.cost import annotation_cost
+from sp2dpo.errors import ProcessError
 from sp2dpo.llm.chat import json_of
 from sp2dpo.llm.decisions import texts_read
 from sp2dpo.llm.http import Endpoint, read_key
@@ -253,8 +254,11 @@ async def _ask_for_counts(process: Process, annotator: Annotator, pairs: pa.Tabl
     path = profile_of(annotator).tokenize_path
     if path is None or annotator.kind != "chat_json":
         return None
-    root = (annotator.base_url or "").removesuffix("/v1")
-    endpoint = Endpoint(root, read_key(annotator.api_key_env, f"annotator '{annotator.name}'"), 10.0)
+    try:
+        key = read_key(annotator.api_key_env, f"annotator '{annotator.name}'")
+    except ProcessError:
+        return None
+    endpoint = Endpoint((annotator.base_url or "").removesuffix("/v1"), key, 10.0)
     characters = tokens = 0
     try:
         for pair in islice(_spread(pairs), _COUNTED_PROMPTS):

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from sp2dpo.annotate.account import Account, write_account
 from sp2dpo.annotate.bring import export_requests, open_answers
+from sp2dpo.annotate.jobs import refuse_other_jobs
 from sp2dpo.annotate.plan import Plan
 from sp2dpo.annotate.teacher import Teacher
 from sp2dpo.calls import Call, Ledger, open_ledger
-from sp2dpo.errors import ProcessError, nearest
+from sp2dpo.errors import InputError, ProcessError, nearest
 from sp2dpo.llm import Raw, Request
 from sp2dpo.runs import Run
 from sp2dpo.settings import names_of
@@ -60,10 +61,14 @@ def export_open(run: Run, path: Path, *, annotator: str | None = None, limit: in
     """Write the open questions of one annotator as the input of a batch; returns how many calls they are.
 
     Raises:
+        InputError: something that is no file is in its place.
         ProcessError: no such annotator.
     """
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is there and is no file: name a file for the questions")
     with open_ledger(run.calls) as ledger:
         teacher = _teacher(run, annotator, ledger)
+        refuse_other_jobs(ledger, [teacher.name], forget=False)
         return export_requests(_requests(_plan(run, ledger, limit), teacher), path)
 
 
@@ -77,6 +82,7 @@ def import_answers(run: Run, path: Path, *, annotator: str | None = None, limit:
     account = Account()
     with open_ledger(run.calls) as ledger:
         teacher, plan = _teacher(run, annotator, ledger), _plan(run, ledger, limit)
+        refuse_other_jobs(ledger, [teacher.name], forget=False)
         with open_answers(path, teacher.name) as answers:
             taken, waiting = 0, []
             for request in _requests(plan, teacher):

@@ -106,7 +106,7 @@ class _Jobs:
             await self._endpoint.close()
             self._book.say(teacher.name, "")
         if self._over:
-            self._book.account.stopped_all = self._over
+            self._book.account.stopped_all, self._book.account.over_budget = self._over, True
 
     def _affordable(self) -> Iterator[Request]:
         """Open questions, until their worst case would not fit into the budget."""
@@ -150,7 +150,7 @@ class _Jobs:
             self._budget.settle(self._reserved.pop(request.hash, 0.0), cost)
             self._book.done(sum(row.valid for row in made))
             calls += made
-        await self._book.keep(calls)
+        await self._book.keep(calls, len(rows))
         other = next((row for row in calls if row.outcome == "other_model"), None)
         if other is not None and self._book.account.stopped_all is None:
             self._book.account.stopped_all = self._teacher.swapped(other)

@@ -109,9 +109,10 @@ class Budget:
 
     def _reached(self, bound: int) -> str:
         cap, spent = (self._cap or 0) / UNITS_PER_USD, self.spent_usd
+        aside = f", ${self._reserved / UNITS_PER_USD:,.4f} set aside for calls under way" if self._reserved else ""
         return (
-            f"the budget of ${cap:,.2f} is reached: ${spent:,.4f} is spent, and the next call may cost up to"
-            f" ${bound / UNITS_PER_USD:,.6f}; run the same command with a larger --budget-usd to go on"
+            f"the budget of ${cap:,g} is reached: ${spent:,.4f} is spent{aside}, and the next call may cost up to"
+            f" ${bound / UNITS_PER_USD:,.6f}; a larger --budget-usd goes on"
         )
 
 

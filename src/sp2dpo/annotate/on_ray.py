@@ -5,7 +5,8 @@
 
 No request is posted twice behind the engine's back: a worker begins a bundle only if the feed knows of no earlier
 beginning, so when Ray runs one again because a worker or a node was lost, its requests fail as connections that were
-cut. Knows nothing of the call log, of what an answer means, or of asking again.
+cut. This is the side of the driver; `ray_nodes` is what runs in the cluster. Knows nothing of the call log, of what an
+answer means, or of asking again.
 """
 
 from __future__ import annotations
@@ -17,18 +18,15 @@ import os
 import socket
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict
 from itertools import count
 from typing import Any, Final, NamedTuple
 
-import pyarrow as pa
-
 from sp2dpo import __version__
+from sp2dpo.annotate.ray_nodes import LONGEST_PAUSE_S, LOOK_S, Ask, Feed, look_from_here, pull
 from sp2dpo.errors import MissingExtra, ProcessError
 from sp2dpo.llm import Limits, Raw
-from sp2dpo.llm.http import Endpoint
 
 __all__ = ["NODE", "RayEndpoint"]
 
@@ -41,10 +39,6 @@ AHEAD: Final = 2
 BUNDLE: Final = 16
 GATHER_S: Final = 0.02
 KNOCK_S: Final = 5.0
-LOOK_S: Final = 30.0
-LONGEST_PAUSE_S: Final = 30.0
-LOST: Final = Raw(failure="connection", error="the Ray worker was lost before it brought the answer")
-_PULL: Final = -1
 
 
 class RayEndpoint:
@@ -104,6 +98,7 @@ class RayEndpoint:
             return Raw(failure="timeout", error=why)
 
     async def close(self) -> None:
+        """End the workers."""
         if self._pass is not None:
             await self._pass.close()
             self._pass = None
@@ -175,39 +170,24 @@ def _look_round(ray: Any, base_url: str, key_env: str | None, has_key: bool) -> 
     """Every living node, with what keeps it from taking part."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    look = ray.remote(num_cpus=0, max_retries=0)(_look_from_here)
+    look = ray.remote(num_cpus=0, max_retries=0)(look_from_here)
     alive = [(node["NodeID"], node["NodeManagerAddress"]) for node in ray.nodes() if node["Alive"]]
     urls = [base_url.replace(NODE, f"[{address}]" if ":" in address else address) for _, address in alive]
     answers = [
         look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(url, key_env, has_key)
         for (node, _), url in zip(alive, urls, strict=True)
     ]
+    ray.wait(answers, num_returns=len(answers), timeout=2 * LOOK_S)
     nodes = []
     for (node, address), url, answer in zip(alive, urls, answers, strict=True):
         try:
-            version, problem = ray.get(answer, timeout=2 * LOOK_S)
+            version, problem = ray.get(answer, timeout=1)
         except ray.exceptions.RayError as error:
             version, problem = __version__, f"sp2dpo does not run there ({_last_line(error)})"
         if version != __version__:
             problem = f"it has sp2dpo {version}, this is {__version__}"
         nodes.append(_Node(node, address, url, problem))
     return nodes
-
-
-def _look_from_here(base_url: str, key_env: str | None, has_key: bool) -> tuple[str, str | None]:
-    """Run on a node: its version of sp2dpo, and why no call could be made from it."""
-
-    async def look() -> Raw:
-        endpoint = Endpoint(base_url, None, LOOK_S)
-        try:
-            return await endpoint.get("/models")
-        finally:
-            await endpoint.close()
-
-    if key_env is not None and not has_key and not os.environ.get(key_env):
-        return __version__, f"{key_env} is set neither here nor there"
-    raw = asyncio.run(look())
-    return __version__, f"{base_url} does not answer ({raw.error})" if raw.failure else None
 
 
 # One run of Ray Data ----------------------------------------------------------------------------------------------
@@ -231,8 +211,8 @@ class _Pass:
         on_this_node = NodeAffinitySchedulingStrategy(here, soft=False)
         self._ray = ray
         self._feed = ray.remote(num_cpus=0)(Feed).options(scheduling_strategy=on_this_node).remote(dict(servers))
-        self._feed.hold.remote(key)  # as a message: arguments of a constructor are kept by the cluster
-        bundles = ray.data.from_items([_PULL], override_num_blocks=1).map_batches(
+        self._feed.hold.remote(key)
+        bundles = ray.data.from_items([None], override_num_blocks=1).map_batches(
             pull, fn_kwargs={"feed": self._feed}, num_cpus=0, label_selector={"ray.io/node-id": here}
         )
         answers = bundles.map_batches(
@@ -337,89 +317,3 @@ def _last_line(error: BaseException) -> str:
     """What an error of Ray says; before it stands the traceback of another machine."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1][:300] if lines else type(error).__name__
-
-
-# In the cluster ---------------------------------------------------------------------------------------------------
-
-
-class Feed:
-    """Actor beside the driver: hands out bundles, each once, the servers, and the key."""
-
-    def __init__(self, servers: Mapping[str, str]) -> None:
-        self._servers = servers
-        self._seats: dict[str, str] = {}
-        self._workers: list[Any] = []
-        self._key: str | None = None
-        self._bundles: asyncio.Queue[tuple[int | None, str]] = asyncio.Queue()
-        self._begun: set[int] = set()
-
-    async def hold(self, key: str | None) -> None:
-        self._key = key
-
-    async def give(self, number: int | None, requests: str) -> None:
-        self._bundles.put_nowait((number, requests))
-
-    async def take(self) -> tuple[int | None, str]:
-        return await self._bundles.get()
-
-    async def begin(self, number: int) -> bool:
-        """False if it was begun before."""
-        first = number not in self._begun
-        self._begun.add(number)
-        return first
-
-    async def seat(self, worker: Any, name: str, node: str) -> tuple[str, str | None]:
-        """The server that a worker asks, and the key: the server of its node, unless another worker has that."""
-        if name not in self._seats:
-            free = [one for one in self._servers if one not in self._seats.values()] or list(self._servers)
-            self._seats[name] = node if node in free else free[0]
-            self._workers.append(worker)
-        return self._servers[self._seats[name]], self._key
-
-    async def workers(self) -> list[Any]:
-        return self._workers
-
-
-def pull(_: Any, feed: Any) -> Iterator[pa.Table]:
-    """The rows of the data set, as they are given; a second run of this would lose some, so there is none."""
-    import ray
-
-    if not ray.get(feed.begin.remote(_PULL)):
-        raise RuntimeError("the worker that reads the requests was lost")
-    while True:
-        number, requests = ray.get(feed.take.remote())
-        if number is None:
-            return
-        yield pa.table({"number": [number], "requests": [requests]})
-
-
-class Ask:
-    """Worker: posts the requests of a bundle, in order, so many at once."""
-
-    def __init__(self, feed: Any, timeout: float, key_env: str | None, concurrency: int) -> None:
-        import ray
-
-        me = ray.get_runtime_context()
-        base_url, key = ray.get(feed.seat.remote(me.current_actor, me.get_actor_id(), me.get_node_id()))
-        self._endpoint = Endpoint(base_url, os.environ.get(key_env or "") or key, timeout)
-        self._feed = feed
-        self._slots = asyncio.Semaphore(concurrency)
-        self._silent = 0
-
-    async def __call__(self, row: pa.Table) -> pa.Table:
-        [number], [requests] = row["number"].to_pylist(), row["requests"].to_pylist()
-        bundle = json.loads(requests)
-        if await self._feed.begin.remote(number):
-            raws = await asyncio.gather(*(self._post(path, body) for path, body in bundle))
-        else:
-            raws = [LOST] * len(bundle)
-        return pa.table({"number": [number], "raws": [json.dumps([asdict(raw) for raw in raws])]})
-
-    async def _post(self, path: str, body: Mapping[str, Any]) -> Raw:
-        """One call; where nobody answers, the slot waits, so that a dead server does not eat the work of the others."""
-        async with self._slots:
-            raw = await self._endpoint.post(path, body)
-            self._silent = self._silent + 1 if raw.failure == "connection" else 0
-            if self._silent:
-                await asyncio.sleep(min(self._silent - 1, LONGEST_PAUSE_S))
-            return raw

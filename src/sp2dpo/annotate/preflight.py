@@ -20,13 +20,14 @@ from sp2dpo.annotate.teacher import body_of, same_model
 from sp2dpo.cost import cost_usd
 from sp2dpo.decision import parse_decision
 from sp2dpo.errors import ProcessError
-from sp2dpo.llm import Raw
+from sp2dpo.llm import Raw, Reply
 from sp2dpo.llm.chat import CHAT_PATH, chat_body, failed, json_of, read_chat
 from sp2dpo.llm.decisions import read_decisions
 from sp2dpo.llm.http import Endpoint, read_key
 from sp2dpo.process import Process
 from sp2dpo.providers import profile_of
-from sp2dpo.settings import Annotator
+from sp2dpo.providers.profiles import CAPS
+from sp2dpo.settings import Annotator, Decoding
 
 __all__ = ["Check", "preflight"]
 
@@ -88,14 +89,21 @@ async def _one(process: Process, annotator: Annotator, today: date, connector: C
         key = read_key(annotator.api_key_env, f"annotator '{annotator.name}'")
     except ProcessError as error:
         return [check("key", "fail", str(error)), *checks]
+    if "{node}" in str(annotator.base_url):
+        return [
+            check("address", "fail", "{node} stands for the nodes of a Ray cluster; give one address"),
+            *checks,
+        ]
     checks.insert(0, check("key", "ok", f"{annotator.api_key_env} is set" if key else "none is needed"))
     timeout = min(60.0, process.settings.panel.decoding.timeout)
-    endpoint = Endpoint(annotator.base_url or "", key, timeout, connector() if connector else None)
-    try:
-        checks.append(check("model", *await _alive(endpoint, annotator, today)))
-        checks += [check(*found) for found in await _call(process, endpoint, annotator)]
-    finally:
-        await endpoint.close()
+
+    def endpoint() -> Endpoint:
+        return Endpoint(annotator.base_url or "", key, timeout, connector() if connector else None)
+
+    async with endpoint() as one:
+        checks.append(check("model", *await _alive(one, annotator, today)))
+    async with endpoint() as another:  # some servers break a connection on which they met an error
+        checks += [check(*found) for found in await _call(process, another, annotator)]
     return checks
 
 
@@ -136,7 +144,8 @@ async def _alive(endpoint: Endpoint, annotator: Annotator, today: date) -> tuple
 
 def _models(body: Any) -> list[dict[str, Any]]:
     data = body.get("data") if isinstance(body, dict) else None
-    return [model for model in data if isinstance(model, dict)] if isinstance(data, list) else []
+    models = [model for model in data if isinstance(model, dict)] if isinstance(data, list) else []
+    return [model for model in models if isinstance(model.get("id"), str)]
 
 
 def _lifetime(model: Mapping[str, Any], today: date) -> tuple[State, str]:
@@ -171,28 +180,41 @@ async def _call(process: Process, endpoint: Endpoint, annotator: Annotator) -> l
         path, body = CHAT_PATH, chat_body(annotator.model, _WORD, params)
     raw = await endpoint.post(path, body)
     problem = failed(raw)
+    if problem is None and annotator.kind == "chat_json" and read_chat(raw).failure == "bad_response":
+        problem = read_chat(raw)
     if problem is not None:
-        return [("call", "fail", _advice(raw, f"{problem.failure}: {problem.error}", params))]
+        return [("call", "fail", f"{problem.failure}: {problem.error}{_advice(raw, annotator, params)}")]
     taken = f"taken: {', '.join(params) or 'none'}"
     if sent["refused"]:
         taken += f"; not sent, because the model refuses them: {', '.join(sent['refused'])}"
     if sent["ignored"]:
         taken += f"; without effect: {', '.join(sent['ignored'])}"
     found: list[Found] = [("parameters", "ok", taken)]
-    found += _decided(process, params, raw) if annotator.kind == "decisions" else _chatted(raw, params)
-    return [*found, *_answered(annotator, raw), *_limits(raw)]
+    if annotator.kind == "decisions":
+        replies = read_decisions(params["api"], raw, process.settings.panel.variants)
+        found += _decided(replies)
+    else:
+        replies = {"": read_chat(raw)}
+        found += _chatted(replies[""], params)
+    return [*found, *_answered(annotator, raw, next(iter(replies.values()))), *_limits(raw)]
 
 
-def _advice(raw: Raw, text: str, params: Mapping[str, Any]) -> str:
-    """What to do about a refused parameter."""
-    named = re.findall(r"[a-z_]+", raw.body)
+def _advice(raw: Raw, annotator: Annotator, params: Mapping[str, Any]) -> str:
+    """What to do about refused parameters, as the process file takes it."""
+    if raw.status not in (400, 422):
+        return ""
+    named = {*re.findall(r"[a-z_]+", raw.body)}
     blamed = [name for name in params if name in named]
-    hint = f" Put what it refuses under omit: [{', '.join(blamed)}]." if raw.status in (400, 422) and blamed else ""
-    return text + hint
+    settings = ["max_tokens" if name in CAPS else name for name in blamed if name not in annotator.extra]
+    omit = [name for name in settings if name in Decoding.model_fields]
+    ways = [f"put what it refuses under omit: [{', '.join(omit)}]"] if omit else []
+    ways += ["set response_format: none"] if "response_format" in settings else []
+    other = [name for name in blamed if name in annotator.extra or name in profile_of(annotator).reasoning]
+    ways += [f"give another value to {', '.join(other)} under extra, or take it out"] if other else []
+    return f" What to do: {'; '.join(ways)}." if ways else ""
 
 
-def _chatted(raw: Raw, params: Mapping[str, Any]) -> Iterator[Found]:
-    reply = read_chat(raw)
+def _chatted(reply: Reply, params: Mapping[str, Any]) -> Iterator[Found]:
     text, mode = (reply.raw_text or "").strip(), params.get("response_format", {}).get("type")
     hidden = reply.reasoning_tokens or 0
     if hidden:
@@ -220,16 +242,16 @@ def _is_object(text: str) -> bool:
         return False
 
 
-def _decided(process: Process, params: Mapping[str, Any], raw: Raw) -> Iterator[Found]:
-    replies = read_decisions(params["api"], raw, process.settings.panel.variants)
-    for variant, reply in replies.items():
-        problem = reply.failure or parse_decision(reply.raw_text).problem
+def _decided(replies: Mapping[str, Reply]) -> Iterator[Found]:
+    problems = {variant: reply.failure or parse_decision(reply.raw_text).problem for variant, reply in replies.items()}
+    for variant, problem in problems.items():
         if problem:
-            yield f"decision {variant}", "fail", f"{problem}: {reply.error or reply.raw_text}"
-    yield "decisions", "ok", f"{len(replies)} variants in one call"
+            yield f"decision {variant}", "fail", f"{problem}: {replies[variant].error or replies[variant].raw_text}"
+    if not any(problems.values()):
+        yield "decisions", "ok", f"{len(replies)} variants in one call"
 
 
-def _answered(annotator: Annotator, raw: Raw) -> Iterator[Found]:
+def _answered(annotator: Annotator, raw: Raw, reply: Reply) -> Iterator[Found]:
     body = json_of(raw)
     served = body.get("model") if isinstance(body, dict) else None
     if not isinstance(served, str):
@@ -242,7 +264,6 @@ def _answered(annotator: Annotator, raw: Raw) -> Iterator[Found]:
             "fail",
             f"asked for {annotator.model}, {served} answered; if that is the one you mean: served_as: {served}",
         )
-    reply = read_chat(raw)
     cost = cost_usd(annotator.price, reply.prompt_tokens, reply.completion_tokens)
     if cost is not None:
         yield "cost of this call", "ok", f"${cost:.6f}"

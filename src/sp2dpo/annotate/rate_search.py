@@ -16,8 +16,8 @@ BELOW: Final = 0.995
 """Share of what was accepted that is sent next."""
 
 FIRST_PAUSE_S: Final = 0.25
-LONGEST_PAUSE_S: Final = 32.0
-"""Pause after a 429 at least: doubled while nothing is accepted after it."""
+DOUBLINGS: Final = 7
+"""Pause after a 429 at least: doubled, so often at most, while nothing is accepted after it or 429s follow closely."""
 
 MEMORY_S: Final = 60.0
 """What was accepted is averaged over so much time at least, because a sliding window repeats what was sent into it."""
@@ -38,7 +38,8 @@ GROWTH: Final = 1.03
 class _Found:
     """What is known, as amounts a second, and how the rate rises from there.
 
-    It goes from `low` to `high` in `rise_s`, and on by `growth` in `hold_s`, first slowly and then ever faster.
+    `rate` was accepted on average of the last `seconds` (0: of a time that says little). What is sent goes from `low`
+    to `high` in `rise_s`, and on by `growth` in `hold_s`, first slowly and then ever faster.
     """
 
     rate: float
@@ -91,22 +92,21 @@ class _Cycle:
     def found(self, resume: float, lag: float) -> _Found:
         """What the cycle teaches."""
         prior, peak = self.prior, self.spells[-1].peak
-        length = resume - self.spells[0].started
+        length = resume - self.spells[0].started - sum(spell.idle_s for spell in self.spells)
         rate = self.accepted / length
         if peak is None:
             return self._first(rate, length, lag)
         if prior is not None and self.is_short(resume):
             return self._lowered(prior, resume)
-        kept = 0.0 if prior is None else min(prior.seconds, max(0.0, MEMORY_S - length))
-        steady = prior is not None and abs(rate / prior.rate - 1) < 0.05
-        if prior is not None:
-            rate = (rate * length + prior.rate * kept) / (length + kept)
-        hold = min(MEMORY_S, (length + kept) / 2)
-        if prior is not None and steady:
+        seconds, mean = length, rate
+        if prior is not None and (kept := min(prior.seconds, MEMORY_S - length)) > 0:
+            seconds, mean = length + kept, (self.accepted + prior.rate * kept) / (length + kept)
+        hold = min(MEMORY_S, seconds / 2)
+        if prior is not None and abs(rate / prior.rate - 1) < 0.05:
             hold = min(LONGEST_HOLD_S, 2 * max(length, prior.hold_s))
-        low = BELOW * min(rate, peak)
+        low = BELOW * min(mean, peak)
         step = min(2.0, math.sqrt(max(1.0, peak / low)))
-        return _Found(rate, length + kept, low, step * low, hold, max(GROWTH, step), hold)
+        return _Found(mean, seconds, low, step * low, hold, max(GROWTH, step), hold)
 
     def _first(self, rate: float, length: float, lag: float) -> _Found:
         """A bucket may have been full at the start, or have run over in the pause: the limit may be lower or higher."""
@@ -123,7 +123,7 @@ class _Cycle:
         low, high = min(0.97, low), min(1.0, high)
         rise = 0.2 * prior.hold_s
         growth = min(2.0, max(GROWTH, 1 / high))
-        hold = prior.hold_s if times == 1 else rise
+        hold = prior.hold_s if times == 1 else max(SETTLED_S, rise)
         return _Found(prior.rate, prior.seconds, low * top, high * top, rise, growth, hold)
 
 
@@ -156,12 +156,13 @@ class RateSearch:
         return None if self._found is None else self._found.at(max(0.0, now - spell.started - spell.idle_s))
 
     def sent(self, now: float, amount: float, idle_s: float) -> None:
-        """A call goes out. It could have gone `idle_s` before; for that time the rate does not rise."""
+        """A call goes out. It could have gone `idle_s` before: time in which the rate was not tried."""
         if self._spell.started == -math.inf:
             self._spell.started = now
         self._spell.calls += 1
         self._spell.amount += amount
-        self._spell.idle_s += idle_s
+        if self._found is not None:
+            self._spell.idle_s += idle_s
 
     def refused(self, now: float, sent_at: float, retry_after: float | None) -> float:
         """A call met a 429; when to go on.
@@ -177,7 +178,7 @@ class RateSearch:
         in_vain = 0 if last.accepted else self._barren + 1
         again = len(self._cycle.spells) - 1
         self._probe_s = 2 * lag if in_vain else 0.0
-        resume = now + max(retry_after or 0.0, min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** max(in_vain, again)), lag)
+        resume = now + max(retry_after or 0.0, FIRST_PAUSE_S * 2.0 ** min(DOUBLINGS, max(in_vain, again)), lag)
         if self._spell.calls == 0:
             self._spell.started = resume = max(resume, self._spell.started)
         whole = self._cycle if self._cycle.accepted else self._before

@@ -126,5 +126,5 @@ def _same(teacher: Teacher, question: Question, known: Mapping[tuple[str, str, s
     hashed = teacher.request(question).hash
     for variant in question.variants:
         call = known.get((question.pair["pair_id"], teacher.name, variant))
-        if call is not None and call.request_hash == hashed:
+        if call is not None and call.request_hash == hashed and teacher.is_same(call.served_model):
             yield replace(call, origin="reused", attempt=question.asked + 1)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from sp2dpo.annotate.account import Account, Book, write_account
-from sp2dpo.annotate.engine import Line, run_lines
+from sp2dpo.annotate.engine import Line, Poster, run_lines
 from sp2dpo.annotate.estimate import ESTIMATE, estimate
 from sp2dpo.annotate.jobs import UPLOAD_S, refuse_other_jobs, run_jobs
 from sp2dpo.annotate.money import Budget
@@ -167,6 +167,12 @@ def _check_flags(run: Run, retry: Collection[str], way: _Way) -> None:
             raise ProcessError(
                 f"--retry {kind}: no such kind of failure{nearest(kind, kinds)}; one of {', '.join(kinds)}"
             )
+    for annotator in _live(run):
+        if "{node}" in str(annotator.base_url) and way.transport != "ray":
+            raise ProcessError(
+                f"annotator '{annotator.name}': {{node}} in its base_url stands for each node of a Ray cluster; "
+                "it needs --transport ray"
+            )
     names = [annotator.name for annotator in _live(run)]
     for flag, limits in (("--rpm", way.rpm), ("--tpm", way.tpm)):
         for name in limits:
@@ -270,6 +276,7 @@ class _Asking:
                 with suppress(asyncio.CancelledError):
                     await self._jobs
                 teachers = [teacher for teacher in teachers if teacher.name not in account.stopped]
+                teachers = self._left_by_jobs(teachers)
             if account.stopped_all is None and teachers:
                 self._ledger.start()
                 await self._run_lines(teachers)
@@ -277,6 +284,19 @@ class _Asking:
         finally:
             interrupt.stop = None
             ticker.cancel()
+
+    def _left_by_jobs(self, teachers: Sequence[Teacher]) -> list[Teacher]:
+        """Those with questions that no job answered; it is said, because they now cost the full price."""
+        left = self._plan.standing().open
+        for teacher in teachers:
+            if left[teacher.name] and self._book.account.stopped_all is None:
+                print(
+                    f"{teacher.name}: {left[teacher.name]:,} questions are left by the batch jobs; "
+                    "they are asked one by one, at the full price",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        return [teacher for teacher in teachers if left[teacher.name]]
 
     def stop(self, why: str) -> None:
         """No annotator goes on; calls in flight are awaited, batch jobs are left to the provider."""
@@ -303,18 +323,35 @@ class _Asking:
 
     def _line(self, teacher: Teacher) -> Line:
         way, name = self._way, teacher.name
+        endpoint, concurrency = self._poster(teacher)
         return Line(
             teacher,
-            self._endpoint(teacher, self._decoding.timeout),
+            endpoint,
             self._plan.stream(name, together=teacher.decides),
             decoding=self._decoding,
-            concurrency=way.concurrency,
-            transport="sync",
+            concurrency=concurrency,
+            transport="ray" if way.transport == "ray" else "sync",
             pace=Pace(way.rpm.get(name, way.rpm.get(ALL)), way.tpm.get(name, way.tpm.get(ALL))),
             budget=self._budget,
             book=self._book,
             stop_all=self.stop,
         )
+
+    def _poster(self, teacher: Teacher) -> tuple[Poster, int]:
+        """What a line asks, and how many calls it has under way."""
+        if self._way.transport != "ray":
+            return self._endpoint(teacher, self._decoding.timeout), self._way.concurrency
+        from sp2dpo.annotate.on_ray import RayEndpoint
+
+        ray = RayEndpoint(
+            teacher.endpoint,
+            self._decoding.timeout,
+            key_env=teacher.annotator.api_key_env,
+            key=self._keys[teacher.name],
+            concurrency=self._way.concurrency,
+            say=lambda words: print(words, file=sys.stderr, flush=True),
+        )
+        return ray, ray.under_way
 
     def _endpoint(self, teacher: Teacher, timeout: float) -> Endpoint:
         connector = self._way.connector() if self._way.connector else None

@@ -130,7 +130,8 @@ class Teacher:
         before = f", and {self._served} before" if self._served and self._served != call.served_model else ""
         return (
             f"annotator '{self.name}' was asked as {call.requested_model}, and {call.served_model} answered{before}: "
-            f"another teacher. If it is the one you mean, say so in the process file: served_as: {call.served_model}"
+            f"another teacher. If it is the one you mean, say served_as: {call.served_model} in the process file, and "
+            "take a new --run-dir"
         )
 
     def rows(
@@ -217,18 +218,19 @@ class Teacher:
     def _parsed(self, reply: Reply) -> Parsed:
         if reply.failure:
             return Parsed(None, problem=reply.failure)
-        if self._other(reply.served_model):
+        if not self.is_same(reply.served_model):
             return Parsed(None, problem="other_model")
         return parse_decision(reply.raw_text) if self.decides else parse_reply(reply.raw_text)
 
-    def _other(self, served: str | None) -> bool:
+    def is_same(self, served: str | None) -> bool:
+        """Whether an answer is by the model of this annotator, and by the same snapshot as those before."""
         if served is None:
-            return False
-        if not same_model(self.annotator.model, served, self.annotator.served_as):
             return True
+        if not same_model(self.annotator.model, served, self.annotator.served_as):
+            return False
         if self._served is None:
             self._served = served
-        return served != self._served
+        return served == self._served
 
     def _cost(self, reply: Reply, transport: str) -> float | None:
         price = self.annotator.price

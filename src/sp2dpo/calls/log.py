@@ -134,7 +134,7 @@ class CallLog:
     def served(self, annotator: str) -> str | None:
         """The model that gave the first valid live answer of an annotator, as the endpoint named it."""
         sql = (
-            f"SELECT served_model FROM calls WHERE annotator = ? AND origin = 'live' AND {_IS_VALID} "
+            f"SELECT served_model FROM calls WHERE annotator = ? AND {_IS_VALID} "
             "AND served_model IS NOT NULL ORDER BY id LIMIT 1"
         )
         first: tuple[str | None] = next(self._rows(sql, (annotator,)), (None,))

@@ -17,6 +17,8 @@ from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, Final, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 
@@ -30,6 +32,8 @@ _SHORTEST_KEY: Final = 8
 
 _ERROR_LENGTH: Final = 2000
 _CHUNK: Final = 2**20
+_CONNECT_S: Final = 30.0
+_THIS_MACHINE: Final = re.compile(r"localhost|127\..*|::1")
 T = TypeVar("T")
 
 _DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d+(?:\.\d+)?)s)?(?:(\d+(?:\.\d+)?)ms)?")
@@ -68,6 +72,7 @@ class Endpoint:
         self._timeout = timeout
         self._connector = connector
         self._session: aiohttp.ClientSession | None = None
+        self._proxy = _proxy_of(self.base_url)
         self._spellings = _spellings(key) if key is not None and len(key) >= _SHORTEST_KEY else ()
 
     def __repr__(self) -> str:
@@ -78,12 +83,17 @@ class Endpoint:
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 connector=self._connector or aiohttp.TCPConnector(limit=0, ttl_dns_cache=300),
-                timeout=aiohttp.ClientTimeout(total=self._timeout),
+                timeout=aiohttp.ClientTimeout(total=self._timeout, sock_connect=min(_CONNECT_S, 0.9 * self._timeout)),
                 headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
                 cookie_jar=aiohttp.DummyCookieJar(),
-                trust_env=True,
             )
         return self._session
+
+    async def __aenter__(self) -> Endpoint:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
 
     async def close(self) -> None:
         if self._session is not None:
@@ -118,13 +128,17 @@ class Endpoint:
         started = time.monotonic()
         failure, error, sent = "connection", "", True
         try:
-            async with self._open().request(method, self.base_url + path, allow_redirects=False, **options) as response:
+            async with self._open().request(
+                method, self.base_url + path, allow_redirects=False, proxy=self._proxy, **options
+            ) as response:
                 if to is not None and response.status == 200:
                     await self._save(response, to)
                     data = b""
                 else:
                     data = await response.read()
                 return self._raw(response, data, time.monotonic() - started)
+        except aiohttp.ConnectionTimeoutError:
+            failure, error, sent = "timeout", "no connection in time", False
         except TimeoutError:
             failure, error = "timeout", f"no answer within {self._timeout:g} s"
         except (aiohttp.ClientError, OSError, ValueError) as problem:  # never kept or raised: it holds the headers
@@ -171,6 +185,19 @@ class Endpoint:
             for spelling in self._spellings:
                 text = text.replace(spelling, "[key]")
         return storable(text)
+
+
+def _proxy_of(url: str) -> str | None:
+    """The proxy that the environment names for an address; none for this machine's own.
+
+    Not aiohttp's `trust_env`: that also sends the passwords of ~/.netrc, or fails where there is a key.
+    """
+    with suppress(ValueError):
+        parts = urlsplit(url)
+        host = parts.hostname or ""
+        if not _THIS_MACHINE.fullmatch(host) and not proxy_bypass(host):
+            return getproxies().get(parts.scheme)
+    return None
 
 
 def _guarded(path: Path, write: Callable[[], T]) -> T:

@@ -38,7 +38,10 @@ def warnings(evidence: Evidence) -> list[str]:
     toy = [_TOY] if settings.student and settings.student.model == "toy" else []
     names = [f"{a.name} (model: {a.model})" for a in settings.panel.annotators if a.kind == "recorded"]
     recorded = [f"Recorded answers, for which no model was asked in this run: {', '.join(names)}."] if names else []
-    return toy + recorded
+    kinds = {a.name: a.kind for a in settings.panel.annotators if a.kind != "recorded"}
+    listed = ", ".join(f"{name}: {kind}" for name, kind in kinds.items())
+    typed = [f"Typed decisions are not the paper's protocol ({listed})."] if "decisions" in kinds.values() else []
+    return toy + recorded + typed
 
 
 _TOY = (
