@@ -30,7 +30,12 @@ from sp2dpo.annotate.run import annotate
 from sp2dpo.calls import Call, open_calls
 from sp2dpo.errors import ProcessError, RunDirError
 from sp2dpo.pairs import read_pairs
+from sp2dpo.report.build import build_report
+from sp2dpo.report.data import read_evidence
+from sp2dpo.report.money import money_rows
+from sp2dpo.report.tally import tally_calls
 from sp2dpo.runs import Run
+from sp2dpo.stages import schedule_run
 from teacher_server import Answer, Asked, Handler, teacher_server, to_port
 
 
@@ -444,6 +449,27 @@ def test_the_flags_for_the_rest_name_the_failures_unless_something_was_never_ask
     assert first.retry_flags() == ["--retry", "bad_request", "--retry", "no_object"]
     assert ask(run, lambda asked: Answer(status=401), concurrency=1).missing_by_cause["not asked yet"] == 1
     assert ask(run, no_one, retry=("empty",)).retry_flags() == []
+
+
+def test_the_report_puts_the_estimate_beside_what_was_spent_on_answers_and_failures(new_run: NewRun) -> None:
+    price = {"input": 1.0, "output": 2.0, "as_of": "2026-01-01"}
+    run = new_run(pairs=rows(2), panel={"annotators": [teacher(price=price)]})
+    ask(run, in_turn(completion("?"), completion(), Answer(how="cut"), completion()), concurrency=1)
+    schedule_run(run)
+    with open_calls(run.calls) as log:
+        (row,) = money_rows(run, tally_calls(log, read_evidence(run)))
+    one_call = (1000 * 1.0 + 50 * 2.0) / 1e6
+    assert row.spent == pytest.approx(3 * one_call)
+    assert row.spent_per_1000 == pytest.approx(1500 * one_call)
+    assert row.on_failed == pytest.approx(one_call)
+    assert row.unknown_at_most is not None
+    assert row.unknown_at_most > one_call
+    made = json.loads((run.path / "estimate.json").read_text())
+    assert row.estimated == made["usd"] > 0
+    assert row.estimated_per_1000 == pytest.approx(500 * made["usd"])
+    assert "guessed" in row.basis
+    build_report(run.path)
+    assert "Estimated before, and spent" in run.report.read_text()
 
 
 def test_a_kind_of_failure_that_there_is_not_is_refused_with_the_nearest(new_run: NewRun) -> None:

@@ -221,9 +221,9 @@ class Line:
             request, raw, attempt=request.asked + job.attempts, started=started, transport=self._transport
         )
         costs = [row.cost_usd if row.cost_usd is not None else row.cost_bound_usd or 0.0 for row in rows]
-        self._budget.settle(reservation, sum(costs))
         self._learn(request, raw, rows, tokens, sent_at)
         await self._book.keep(rows)
+        self._budget.settle(reservation, sum(costs))
         self._judge(job, raw, rows)
 
     def _learn(self, request: Request, raw: Raw, rows: Sequence[Call], tokens: float, sent_at: float) -> None:

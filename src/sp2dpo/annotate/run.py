@@ -138,7 +138,13 @@ def _prepare_to_spend(run: Run) -> None:
     if not (run.path / ESTIMATE).is_file():
         made = estimate(run.process, run_dir=run.path)
         made.write(run.path)
-        usd = "an unknown amount (no price)" if made.usd is None else f"about ${made.usd:,.2f}"
+        usd = (
+            "an unknown amount (no price)"
+            if made.usd is None
+            else f"about ${made.usd:,.2f}"
+            if made.usd >= 0.01
+            else "less than a cent"
+        )
         print(f"estimate  {made.calls:,} calls in all, {usd}; sp2dpo cost tells more", file=sys.stderr, flush=True)
 
 

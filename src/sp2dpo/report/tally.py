@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
+from sp2dpo.annotate.teacher import same_model
 from sp2dpo.calls import Call, CallLog
 from sp2dpo.report.data import Evidence
 from sp2dpo.settings import Annotator
@@ -29,7 +30,7 @@ class Served:
 
     @property
     def swapped(self) -> bool:
-        return self.served is not None and self.served != self.requested
+        return not same_model(self.requested, self.served, None)
 
     def note(self, call: Call) -> None:
         self.n += 1
