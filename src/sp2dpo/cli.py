@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from sp2dpo import __version__
@@ -85,8 +84,8 @@ def give(data: Mapping[str, Any], as_json: bool, title: str = "") -> None:
         print(title)
     table = Table("what", "value", box=SIMPLE_HEAD, show_header=False)
     for name, value in data.items():
-        table.add_row(escape(name), escape(_shown(value)))
-    Console().print(table)
+        table.add_row(name, _shown(value))
+    Console(markup=False).print(table)
 
 
 def _shown(value: Any) -> str:
@@ -187,9 +186,9 @@ def _show_estimate(made: Estimate) -> None:
     for part in made.annotators:
         hidden = "unknown" if part.hidden_tokens is None else f"{part.hidden_tokens:,.0f}"
         tokens = (f"{part.input_tokens:,.0f}", f"{part.output_tokens:,.0f}", hidden)
-        table.add_row(escape(part.annotator), f"{part.calls:,}", *tokens, _usd(part.usd), _usd(part.usd_batch))
+        table.add_row(part.annotator, f"{part.calls:,}", *tokens, _usd(part.usd), _usd(part.usd_batch))
     table.add_row("all", f"{made.calls:,}", "", "", "", _usd(made.usd), _usd(made.usd_batch))
-    Console().print(table)
+    Console(markup=False).print(table)
     for part in made.annotators:
         print(f"{part.annotator}: {part.basis}")
     if any(part.counted_by != "pilot" and part.output_tokens for part in made.annotators):
@@ -213,8 +212,8 @@ def preflight(process: ProcessPath, as_json: AsJson = False) -> None:
         table = Table("annotator", "", "what", "found", box=SIMPLE_HEAD)
         for check in checks:
             mark = "·" if check.what == "not verified" else {"ok": "✓", "warn": "!", "fail": "✗"}[check.state]
-            table.add_row(*map(escape, (check.annotator, mark, check.what, check.found)))
-        Console().print(table)
+            table.add_row(check.annotator, mark, check.what, check.found)
+        Console(markup=False).print(table)
     failed = sum(check.state == "fail" for check in checks)
     if failed:
         what = "1 check failed" if failed == 1 else f"{failed} checks failed"

@@ -37,7 +37,7 @@ class Progress:
             TimeElapsedColumn(),
             TextColumn("eta"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[notes]}"),
+            TextColumn("{task.fields[notes]}", markup=False),
         )
         bar = RichProgress(*columns, console=Console(stderr=True), transient=False)
         bar.add_task(self._what, total=self._total, completed=self._done, notes="")

@@ -40,10 +40,18 @@ INVALID: Final = {
     "no_distribution": "typed decisions: the probabilities are not one for each option, or do not sum to 1",
 }
 
+_SQUEEZED_KEYS: Final = {key.replace("_", "") for key in KEYS}
 _WHITE: Final = " \t\r\n"
-_STRING_OR_COMMA = re.compile(r'"(?:[^"\\]|\\.)*"|,(?=\s*[}\]])', re.DOTALL)
-_KEY_GIVEN = re.compile(rf"(?:{'|'.join(KEYS)})[\"'`]?\s*[:=]")
+_STRING_OR_COMMA = re.compile(r'"(?:[^"\\]|\\.)*+"?|,(?=\s*[}\]])', re.DOTALL)
+_KEY_GIVEN = re.compile(
+    r"semantic[\W_]*gap[\W_]*(?:category|magnitude|confidence)[\W_]*"
+    rf"(?:(?<=[:=：>|→])|(?:is\W+)?(?=\d|{'|'.join(CATEGORIES)}))",
+    re.IGNORECASE,
+)
+"""A key in any dress, followed by the sign of a value, or by a number or a category."""
+
 _FENCE_BEFORE = re.compile(r"```[A-Za-z0-9_-]*\Z")
+_PLAIN = re.compile(r"[\t\n\r -~]*")
 _NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 
 
@@ -153,22 +161,39 @@ def _gap(value: dict[str, Any], reading: _Reading) -> SemanticGap:
     if not all(key in value for key in KEYS):
         raise _InvalidReply("missing_key")
     if len(value) > len(KEYS):
-        if any(_holds_keys(extra) for key, extra in value.items() if key not in KEYS):
+        extras = {key: extra for key, extra in value.items() if key not in KEYS}
+        if any(_names_a_key(key) for key in extras):
+            raise _InvalidReply("duplicate_key")
+        if _judges(extras):
             raise _InvalidReply("several_objects")
         reading.mend("extra_keys")
     category, magnitude, confidence = (value[key] for key in KEYS)
     return SemanticGap(_category(category, reading), _number(magnitude, reading), _number(confidence, reading))
 
 
-def _holds_keys(value: Any) -> bool:
-    """Whether a key of an answer occurs somewhere below `value`: a second judgement inside the first."""
-    if isinstance(value, list):
-        return any(_holds_keys(item) for item in value)
-    return isinstance(value, dict) and any(key in KEYS or _holds_keys(item) for key, item in value.items())
+def _names_a_key(name: str) -> bool:
+    """Whether a name is a key of an answer, perhaps in another case or with other marks."""
+    return re.sub(r"[\W_]", "", name).casefold() in _SQUEEZED_KEYS
+
+
+def _judges(value: Any) -> bool:
+    """Whether a key of an answer is anywhere in `value`, or is given a value in a text: a second judgement."""
+    left = [value]
+    while left:
+        part = left.pop()
+        if isinstance(part, dict):
+            if any(_names_a_key(name) for name in part):
+                return True
+            left += [*part, *part.values()]
+        elif isinstance(part, list):
+            left += part
+        elif isinstance(part, str) and _KEY_GIVEN.search(part):
+            return True
+    return False
 
 
 def _category(name: Any, reading: _Reading) -> str:
-    known = category_of(name) if isinstance(name, str) and name.isascii() else None
+    known = category_of(name) if isinstance(name, str) and _PLAIN.fullmatch(name) else None
     if known is None:
         raise _InvalidReply("unknown_category")
     if name not in CATEGORIES:

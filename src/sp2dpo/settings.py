@@ -74,11 +74,12 @@ def _variable(name: str) -> str:
     return name
 
 
-_SECRET = re.compile(r"apikey|authorization|secret|password|passwd|accesstoken|authtoken|bearer|credential|privatekey")
+_SECRET = re.compile(r"apikey|authorization|secret|password|passwd|token$|bearer|credential|privatekey|^key$|^auth$")
+_KEY_LIKE = re.compile(r"\s*(?:bearer\s|sk-|gsk_|hf_|AIza)", re.IGNORECASE)
 
 
 def _no_secret(value: Any) -> None:
-    """Refuse names of keys and the like at any depth; the message names the key and never its value."""
+    """Refuse names of keys, and what looks like a key, at any depth; the message never has the value."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
             if _SECRET.search(re.sub(r"[^a-z]", "", str(name).casefold())):
@@ -87,6 +88,8 @@ def _no_secret(value: Any) -> None:
     elif isinstance(value, list | tuple):
         for inner in value:
             _no_secret(inner)
+    elif isinstance(value, str) and _KEY_LIKE.match(value):
+        raise ValueError("extra holds what looks like a key: name the variable of the key in api_key_env")
 
 
 Address = Annotated[str, AfterValidator(_address)]

@@ -58,9 +58,9 @@ def _failure(raw: Raw, kind: str, error: str | None) -> Reply:
 
 
 def json_of(raw: Raw) -> Any:
-    """The body as JSON, or None if it is none."""
+    """The body as JSON; None if it is none, or if a key is in one object twice."""
     try:
-        return json.loads(raw.body)
+        return json.loads(raw.body, object_pairs_hook=_unique)
     except (ValueError, RecursionError):
         return None
 
@@ -71,7 +71,7 @@ def read_chat(raw: Raw) -> Reply:
     if problem is not None:
         return problem
     body = json_of(raw)
-    choice = _first(_get(body, "choices"))
+    choice = _only(_get(body, "choices"))
     message = _get(choice, "message")
     if not isinstance(message, Mapping) or not isinstance(message.get("content"), str | None):
         return _failure(raw, "bad_response", raw.body or "an empty body")
@@ -80,7 +80,7 @@ def read_chat(raw: Raw) -> Reply:
     return Reply(
         raw_text=text_of(message.get("content")),
         failure="refused" if refusal else failure,
-        error=storable(str(refusal))[:_ERROR_LENGTH] if refusal else None,
+        error=(text_of(refusal) or "declined")[:_ERROR_LENGTH] if refusal else None,
         http_status=raw.status,
         finish_reason=finish,
         served_model=text_of(_get(body, "model")),
@@ -112,8 +112,15 @@ def _get(value: Any, key: str) -> Any:
     return value.get(key) if isinstance(value, Mapping) else None
 
 
-def _first(value: Any) -> Any:
-    return value[0] if isinstance(value, list) and value else None
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("a key is given twice")
+    return value
+
+
+def _only(value: Any) -> Any:
+    return value[0] if isinstance(value, list) and len(value) == 1 else None
 
 
 def _count(value: Any) -> int | None:

@@ -159,8 +159,10 @@ def _part(api: Api, variant: str, answers: Mapping[str, list[Any]]) -> dict[str,
 
 
 def _value(kind: str, answer: Any) -> Any:
-    """The probability or distribution of an answer of this kind; anything else as it came."""
-    if not isinstance(answer, dict) or answer.get("type") != kind:
+    """The probability or distribution of an answer of this kind; anything else so that it is read as neither."""
+    if isinstance(answer, int | float) or (isinstance(answer, dict) and "type" not in answer):
+        return [answer]
+    if not isinstance(answer, dict) or answer["type"] != kind:
         return answer
     if kind in ("predicate", "noul"):
         return answer.get("probability" if kind == "predicate" else "noul", answer)

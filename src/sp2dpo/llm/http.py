@@ -5,12 +5,13 @@ Nothing is repeated here: each attempt is the engine's, and has its row in the l
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -31,6 +32,7 @@ _SHORTEST_KEY: Final = 8
 """A shorter one ("none", "EMPTY", "0") is no secret, and blacking it out would alter answers."""
 
 _ERROR_LENGTH: Final = 2000
+_ESCAPES: Final = ("\\u00", "\\/", "%", "&#")
 _CHUNK: Final = 2**20
 _CONNECT_S: Final = 30.0
 _THIS_MACHINE: Final = re.compile(r"localhost|127\..*|::1")
@@ -73,7 +75,7 @@ class Endpoint:
         self._connector = connector
         self._session: aiohttp.ClientSession | None = None
         self._proxy = _proxy_of(self.base_url)
-        self._spellings = _spellings(key) if key is not None and len(key) >= _SHORTEST_KEY else ()
+        self._secret = _Secret(key) if key is not None and len(key) >= _SHORTEST_KEY else None
 
     def __repr__(self) -> str:
         return f"Endpoint({self.base_url!r})"
@@ -179,12 +181,7 @@ class Endpoint:
 
     def clean(self, text: str) -> str:
         """`text` as it may be kept: without the key, wherever and however the other side repeats it."""
-        if self._spellings:
-            if "\\u00" in text:
-                text = _without_escapes(text)
-            for spelling in self._spellings:
-                text = text.replace(spelling, "[key]")
-        return storable(text)
+        return storable(text if self._secret is None else self._secret.out_of(text))
 
 
 def _proxy_of(url: str) -> str | None:
@@ -207,20 +204,31 @@ def _guarded(path: Path, write: Callable[[], T]) -> T:
         raise Unfinished(f"{path} could not be written: {error.strerror}; nothing that was paid for is lost") from error
 
 
-def _spellings(key: str) -> tuple[str, ...]:
-    """The key as it is, and as JSON may write it."""
-    escaped = json.dumps(key)[1:-1]
-    return tuple(dict.fromkeys((key, escaped, escaped.replace("/", "\\/"))))
+class _Secret:
+    """A key as it is, as JSON, a URL or HTML may write each of its letters (however often over), and in base64."""
+
+    def __init__(self, key: str) -> None:
+        quoted, encoded = json.dumps(key)[1:-1], list(_in_base64(key))
+        self._signs = (key, quoted, *encoded, *_ESCAPES)
+        forms = ["".join(map(_ways, key)), *map(re.escape, (quoted, quoted.replace("/", "\\/"), *encoded))]
+        self._forms = re.compile("|".join(forms))
+
+    def out_of(self, text: str) -> str:
+        """The text without it."""
+        return self._forms.sub("[key]", text) if any(sign in text for sign in self._signs) else text
 
 
-def _without_escapes(text: str) -> str:
-    """JSON whose plain letters are written as escapes (`\\u0073k-…`), with the letters themselves."""
-    return re.sub(r"(?<!\\)((?:\\\\)*)\\u00([2-7][0-9a-fA-F])", _letter, text)
+def _ways(letter: str) -> str:
+    code, plain = f"{ord(letter):02x}", re.escape(letter)
+    escapes = rf"(?<!\\)\\++(?:{plain}|u00(?i:{code}))"
+    return rf"(?:{plain}|{escapes}|%(?:25)*(?i:{code})|&#(?:0*{ord(letter)}|[xX]0*(?i:{code}));)"
 
 
-def _letter(match: re.Match[str]) -> str:
-    letter = chr(int(match.group(2), 16))
-    return match.group() if letter in '"\\\x7f' else match.group(1) + letter
+def _in_base64(key: str) -> Iterator[str]:
+    """What any text that holds the key has in its base64, at each of the three places where the key may begin."""
+    for lead in range(3):
+        code = base64.b64encode(bytes(lead) + key.encode()).decode().rstrip("=")
+        yield code[(0, 2, 3)[lead] : len(code) - ((lead + len(key)) % 3 > 0)]
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
