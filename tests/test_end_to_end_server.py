@@ -10,10 +10,13 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 import local_server as server
 from conftest import write_process
+from fault_server import fault_server
 from sp2dpo import cli
+from sp2dpo.annotate.batch_api import BatchClient
 from sp2dpo.calls import open_calls
 from sp2dpo.verify import verify
 
@@ -103,3 +106,25 @@ def test_a_server_that_answers_noise_loses_nothing_and_schedules_nothing(
     assert said.splitlines()[-1].startswith("sp2dpo: no pair has a complete set")
     assert "Traceback" not in said
     assert not (run / "schedule.parquet").exists()
+
+
+@pytest.mark.parametrize("transport", ["sync", "batch"])
+def test_every_question_is_answered_through_a_proxy_that_spoils_what_the_model_says(
+    tmp_path: Path, server_url: str, monkeypatch: pytest.MonkeyPatch, transport: str
+) -> None:
+    monkeypatch.setattr(BatchClient.__init__, "__defaults__", ((0.05, 0.2),))
+    with fault_server(upstream=server_url, fault_rate=0.4, retry_after=0.1, seed=3, batch_seconds=0.2) as proxy:
+        path = process(tmp_path, proxy.base_url, "json_schema")
+        keys = yaml.safe_load(path.read_text())
+        keys["panel"]["decoding"] |= {"retry_attempts": 10, "retry_delay_base": 0.05, "timeout": 5}
+        path.write_text(yaml.safe_dump(keys))
+        run = tmp_path / "run"
+        assert main("annotate", path, "--run-dir", run, "--transport", transport) == 0
+        asked = proxy.stats()
+    with open_calls(run / "calls.sqlite") as log:
+        outcomes = Counter(call.outcome for call in log)
+    assert outcomes["ok"] + outcomes["repaired"] == 54
+    assert len(outcomes) > 5
+    assert asked["asked_again"] == {"valid": 0, "mend": 0}
+    assert main("schedule", path, "--run-dir", run) == 0
+    assert list(verify(run))

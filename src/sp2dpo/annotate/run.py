@@ -123,6 +123,8 @@ def annotate(
         except BaseException as error:  # noqa: BLE001 (raised again)
             with suppress(OSError, Sp2dpoError):
                 _close(run, plan, ledger, teachers, account)
+            if isinstance(error, KeyboardInterrupt):
+                print(*account.lines(), sep="\n", file=sys.stderr, flush=True)
             raise _own(error) from None
         _close(run, plan, ledger, teachers, account)
     return account
@@ -231,13 +233,14 @@ class _Interrupt:
 
     def __init__(self) -> None:
         self.pressed = False
+        self.words = ""
         self.stop: Callable[[], None] | None = None
 
     def __call__(self, *_: Any) -> None:
         if self.pressed or self.stop is None:
             raise KeyboardInterrupt
         self.pressed = True
-        print("\nsp2dpo: waiting for the calls in flight; Ctrl-C again to leave them", file=sys.stderr, flush=True)
+        print(f"\nsp2dpo: {self.words}; Ctrl-C again to leave at once", file=sys.stderr, flush=True)
         self.stop()
 
 
@@ -274,6 +277,8 @@ class _Asking:
     async def run(self, teachers: Sequence[Teacher], interrupt: _Interrupt) -> None:
         """Batch jobs first if they are wanted; then single calls for what is open."""
         loop, account = asyncio.get_running_loop(), self._book.account
+        jobs = self._way.transport == "batch"
+        interrupt.words = "leaving the jobs with the provider" if jobs else "waiting for the calls in flight"
         interrupt.stop = lambda: _soon(loop, self.stop, "interrupted")
         ticker = asyncio.create_task(self._tick())
         try:
