@@ -15,7 +15,7 @@ import sp2dpo
 SOURCE = Path(sp2dpo.__file__).parent
 
 LAYERS = {
-    0: ("errors", "hashing", "tables", "progress"),
+    0: ("errors", "hashing", "tables", "progress", "yamls"),
     1: ("rubric", "reply", "decision", "ensemble", "temperature", "loss", "rlhf", "score", "cost"),
     2: ("settings", "prompts", "process", "pairs", "calls", "llm", "providers", "runs"),
     3: ("annotate",),

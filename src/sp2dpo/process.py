@@ -24,6 +24,7 @@ from sp2dpo.pairs.hub import is_hub_id
 from sp2dpo.prompts import PromptPack, load_pack
 from sp2dpo.providers import params_sent, preset_annotators, profile_of
 from sp2dpo.settings import SECTIONS, Annotator, DataSettings, Panel, ProcessFile, Student
+from sp2dpo.yamls import load_yaml
 
 __all__ = ["Process", "load_process", "process_of"]
 
@@ -56,22 +57,6 @@ class Process:
 def _on_hub(source: str, base: Path) -> bool:
     """Whether `source` is `org/name`, and neither an existing path below `base` nor the name of a data file."""
     return is_hub_id(source) and not is_readable(source) and not (base / source).exists()
-
-
-class _Yaml(yaml.SafeLoader):
-    """YAML in which 5e-6 is a number and a key given twice is an error."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = [key.value for key, _ in node.value]
-        twice = sorted({key for key in seen if seen.count(key) > 1})
-        if twice:
-            raise yaml.YAMLError(f"key '{twice[0]}' is given twice, line {node.start_mark.line + 1}")
-        return super().construct_mapping(node, deep)
-
-
-_Yaml.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
 
 
 def load_process(path: Path) -> Process:
@@ -109,7 +94,7 @@ def process_of(run_dir: Path) -> Process:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        keys = yaml.load(path.read_text(encoding="utf-8"), Loader=_Yaml)  # noqa: S506 (a SafeLoader)
+        keys = load_yaml(path.read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as error:  # its own text would repeat the line, with whatever was pasted there
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ProcessError(f"{path} is not readable YAML: {error.problem or error.context}{line}") from None

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
@@ -23,6 +23,7 @@ from sp2dpo.decision import LEVELS
 from sp2dpo.errors import ProcessError
 from sp2dpo.hashing import sha256_text
 from sp2dpo.rubric import CATEGORIES
+from sp2dpo.yamls import load_yaml
 
 __all__ = ["DecisionPack", "Message", "PromptPack", "Questions", "load_pack", "render", "render_input", "write_pack"]
 
@@ -154,7 +155,7 @@ def _check_places(template: str, where: str) -> None:
 def _read_decisions(where: Path | Traversable, variants: Sequence[str]) -> DecisionPack:
     text, name = _read(where, _DECISIONS), f"{where}/{_DECISIONS}"
     try:
-        keys = yaml.load(text, Loader=_Yaml)  # noqa: S506 (a SafeLoader)
+        keys = load_yaml(text)
         file = _DecisionsFile.model_validate(keys)
     except yaml.YAMLError as error:
         raise ProcessError(f"{name} is not readable YAML: {error}") from error
@@ -166,17 +167,6 @@ def _read_decisions(where: Path | Traversable, variants: Sequence[str]) -> Decis
             raise ProcessError(f"{name} has no questions for variant '{variant}'; it has: {', '.join(file.variants)}")
     _check_places(file.input, f"{name}, input,")
     return DecisionPack(file.input, file.variants, text)
-
-
-class _Yaml(yaml.SafeLoader):
-    """YAML in which a key given twice is an error."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = [str(key.value) for key, _ in node.value]
-        twice = sorted({key for key in seen if seen.count(key) > 1})
-        if twice:
-            raise yaml.YAMLError(f"key '{twice[0]}' is given twice, line {node.start_mark.line + 1}")
-        return super().construct_mapping(node, deep)
 
 
 def _read(where: Path | Traversable, name: str) -> str:
