@@ -296,12 +296,12 @@ def test_usage_is_of_live_calls_and_says_how_many_it_takes_for_one_answer(tmp_pa
         assert log.usage("b").attempts_per_valid is None
 
 
-def test_the_served_model_is_that_of_the_first_valid_live_answer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("origin", ["live", "reused", "imported"])
+def test_the_served_model_is_that_of_the_first_valid_answer_wherever_it_is_from(tmp_path: Path, origin: str) -> None:
     rows = [
-        replace(CALL, origin="reused", served_model="m-0"),
         replace(FAILED, outcome="other_model", served_model="m-9"),
         replace(CALL, served_model=None),
-        replace(CALL, served_model="m-2"),
+        replace(CALL, origin=origin, served_model="m-2"),
         CALL,
     ]
     write(tmp_path / "calls.sqlite", *rows)
