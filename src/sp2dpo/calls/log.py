@@ -132,7 +132,7 @@ class CallLog:
         return Usage(*next(self._rows(sql, (annotator,))))
 
     def served(self, annotator: str) -> str | None:
-        """The model that gave the first valid answer of an annotator, wherever that is from, as its endpoint named it."""
+        """The model that gave an annotator's first valid answer, wherever that is from, as its endpoint named it."""
         sql = (
             f"SELECT served_model FROM calls WHERE annotator = ? AND {_IS_VALID} "
             "AND served_model IS NOT NULL ORDER BY id LIMIT 1"
