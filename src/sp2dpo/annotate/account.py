@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from sp2dpo.annotate.plan import NEVER_ASKED, Standing
 from sp2dpo.annotate.teacher import Teacher
@@ -16,7 +16,10 @@ from sp2dpo.progress import Progress
 from sp2dpo.runs import Run
 from sp2dpo.tables import write_manifest
 
-__all__ = ["Account", "Book", "write_account"]
+__all__ = ["INTERRUPTED", "Account", "Book", "write_account"]
+
+INTERRUPTED: Final = "interrupted"
+"""Why a run stopped, if Ctrl-C did it; the command says so by itself."""
 
 CHARACTERS_PER_TOKEN = 3.5
 """For the pace of tokens, until an endpoint has counted some."""
@@ -93,7 +96,7 @@ class Account:
         if self.missing:
             yield f"missing {self.missing:,}: {_list(self.missing_by_cause)}"
         yield from (f"annotator '{name}' was stopped: {why}" for name, why in self.stopped.items())
-        if self.stopped_all:
+        if self.stopped_all and self.stopped_all != INTERRUPTED:
             yield f"stopped: {self.stopped_all}"
 
     def as_json(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from sp2dpo.annotate.account import Account, Book, write_account
+from sp2dpo.annotate.account import INTERRUPTED, Account, Book, write_account
 from sp2dpo.annotate.engine import Line, Poster, run_lines
 from sp2dpo.annotate.estimate import ESTIMATE, estimate
 from sp2dpo.annotate.jobs import UPLOAD_S, refuse_other_jobs, run_jobs
@@ -279,7 +279,7 @@ class _Asking:
         loop, account = asyncio.get_running_loop(), self._book.account
         jobs = self._way.transport == "batch"
         interrupt.words = "leaving the jobs with the provider" if jobs else "waiting for the calls in flight"
-        interrupt.stop = lambda: _soon(loop, self.stop, "interrupted")
+        interrupt.stop = lambda: _soon(loop, self.stop, INTERRUPTED)
         ticker = asyncio.create_task(self._tick())
         try:
             if self._way.transport == "batch":
