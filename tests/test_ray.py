@@ -87,8 +87,8 @@ class Servers:
     async def _chat(self, request: web.Request) -> web.Response:
         assert request.transport is not None
         question = await request.json()
-        pid = self._pid(request.transport.get_extra_info("peername"))
-        host, _ = request.transport.get_extra_info("sockname")
+        here, there = (request.transport.get_extra_info(end) for end in ("sockname", "peername"))
+        pid, host = self._pid(there, here), here[0]
         text = question["messages"][-1]["content"]
         variant = question.get("variant", question["messages"][0]["content"])
         header = request.headers.get("authorization")
@@ -100,12 +100,12 @@ class Servers:
             request.transport.abort()
         return web.Response(text=said(text))
 
-    def _pid(self, peer: Any) -> int:
-        """The process at the other end of a connection."""
-        if peer not in self._processes:
-            connections = psutil.net_connections("tcp4")
-            self._processes.update({tuple(one.laddr): one.pid for one in connections if one.laddr and one.pid})
-        return self._processes[peer]
+    def _pid(self, peer: Any, here: Any) -> int:
+        """The process at the other end of a connection; connections to two servers may share that end's port."""
+        if (peer, here) not in self._processes:
+            connections = [one for one in psutil.net_connections("tcp4") if one.raddr and one.pid]
+            self._processes.update({(tuple(one.laddr), tuple(one.raddr)): one.pid for one in connections})
+        return self._processes[peer, here]
 
 
 def said(text: str) -> str:
