@@ -396,6 +396,10 @@ def test_a_name_that_is_expected_is_no_other_model_and_the_requested_one_then_is
     run = new_run(panel={"annotators": [teacher(served_as="weights-7")]})
     assert ask(run, lambda asked: completion(model="weights-7"), limit=1).valid == 1
     assert ask(run, lambda asked: completion(model="model-of-teacher")).outcomes == {"other_model": 1}
+    schedule_run(run)
+    with open_calls(run.calls) as log:
+        served = tally_calls(log, read_evidence(run)).served.values()
+    assert {one.served: one.swapped for one in served} == {"weights-7": False, "model-of-teacher": True}
 
 
 def test_another_snapshot_later_in_one_run_is_another_model(new_run: NewRun) -> None:

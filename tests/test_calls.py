@@ -287,13 +287,11 @@ def test_money_and_tokens_are_counted_by_annotator_outcome_and_origin(tmp_path: 
         assert log.spent([]) == 0.0
 
 
-def test_usage_is_of_live_calls_and_says_how_many_it_takes_for_one_answer(tmp_path: Path) -> None:
+def test_usage_is_of_live_calls(tmp_path: Path) -> None:
     silent = replace(FAILED, prompt_tokens=None, completion_tokens=None)
     write(tmp_path / "calls.sqlite", CALL, DECIDED, silent, replace(CALL, origin="imported"))
     with open_calls(tmp_path / "calls.sqlite") as log:
         assert log.usage("a") == Usage(3, 2, 2, 20, 10, 7)
-        assert log.usage("a").attempts_per_valid == 1.5
-        assert log.usage("b").attempts_per_valid is None
 
 
 @pytest.mark.parametrize("origin", ["live", "reused", "imported"])

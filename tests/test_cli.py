@@ -291,6 +291,14 @@ def test_json_is_one_object_on_stdout_and_talk_is_on_stderr(sp2dpo: Sp2dpo, tmp_
     assert "1 rows excluded" in scheduled.err
 
 
+def test_a_whole_run_gives_one_object_too(sp2dpo: Sp2dpo, tmp_path: Path) -> None:
+    ran = sp2dpo("run", recorded_process(tmp_path / "p", n=4, answered=3), "--json")
+    found = json.loads(ran.out)
+    assert (ran.code, found["scheduled"], found["excluded"]) == (0, 3, 1)
+    assert Path(found["report"]).is_file()
+    assert Path(found["schedule"]).is_file()
+
+
 def test_prepare_gives_the_table_of_counts(sp2dpo: Sp2dpo, tmp_path: Path) -> None:
     write_process(tmp_path, pairs=[*rows(3), {"prompt": "q", "chosen": "", "rejected": "b"}])
     ran = sp2dpo("prepare", "pairs.jsonl", "-o", "out.parquet", "--json")
@@ -302,7 +310,7 @@ def test_prepare_gives_the_table_of_counts(sp2dpo: Sp2dpo, tmp_path: Path) -> No
     assert re.search(r"kept\W+3\b", table)
 
 
-@pytest.mark.parametrize("command", [["cost"], ["annotate", "--dry-run"]])
+@pytest.mark.parametrize("command", [["cost"], ["annotate", "--dry-run"], ["run", "--dry-run"]])
 def test_an_estimate_asks_nothing(sp2dpo: Sp2dpo, tmp_path: Path, command: list[str]) -> None:
     price = {"input": 2, "output": 8, "as_of": "2026-01-01"}
     no_key = teacher(api_key_env="KEY_THAT_IS_NOT_SET", price=price)

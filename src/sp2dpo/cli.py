@@ -378,10 +378,10 @@ def import_(
 @app.command(epilog="sp2dpo schedule process.yaml --json")
 def schedule(process: ProcessPath, run_dir: RunDir = None, as_json: AsJson = False) -> None:
     """Call log to gaps to β, as Parquet and CSV."""
-    _schedule(_open(process, run_dir), as_json, data=True)
+    give(_schedule(_open(process, run_dir)), as_json)
 
 
-def _schedule(run: Run, as_json: bool, *, data: bool = False) -> None:
+def _schedule(run: Run) -> dict[str, Any]:
     from sp2dpo.stages import schedule_run
 
     made = schedule_run(run)
@@ -394,9 +394,8 @@ def _schedule(run: Run, as_json: bool, *, data: bool = False) -> None:
     if len(set(made.kinds.values())) > 1:
         listed = ", ".join(f"{name} {kind}" for name, kind in made.kinds.items())
         say(f"          annotators of different kinds, which no paper has compared: {listed}")
-    if data:
-        give({"scheduled": n, "excluded": out, "beta_min": float(beta.min()), "beta_mean": float(beta.mean()),
-              "beta_max": float(beta.max()), "schedule": str(run.schedule)}, as_json)  # fmt: skip
+    betas = {"beta_min": float(beta.min()), "beta_mean": float(beta.mean()), "beta_max": float(beta.max())}
+    return {"scheduled": n, "excluded": out, **betas, "schedule": str(run.schedule)}
 
 
 @app.command(epilog="sp2dpo verify runs/quickstart")
@@ -460,8 +459,13 @@ def run(
     rpm: Rpm = None,
     tpm: Tpm = None,
     reuse: Reuse = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
 ) -> None:
     """All of these in order; what is done is not repeated."""
+    if dry_run:
+        cost(process, run_dir, limit, as_json=as_json)
+        return
     one = _open(process, run_dir)
     _check_extras(one)
     _prepare(one)
@@ -470,7 +474,7 @@ def run(
         raise Unfinished(_how_to_go_on(account))
     if account.missing:
         say(f"          {_how_to_go_on(account)}")
-    _schedule(one, as_json=False)
+    scheduled = _schedule(one)
     checked: list[str] = []
     _verify(one.path, checked.append)
     say(f"verify    {len(checked)} checks, all equal")
@@ -479,6 +483,8 @@ def run(
     else:
         say("train     left out: the process has no 'student' and 'train'")
     _report(one.path)
+    if as_json:
+        give({"run_dir": str(one.path), **scheduled, "report": str(one.report)}, True)
 
 
 def _check_extras(run: Run) -> None:

@@ -33,9 +33,6 @@ __all__ = ["Line", "Poster", "run_lines"]
 SILENT: Final = ("server_error", "timeout", "connection")
 """Failures without an answer: asked again after a delay."""
 
-FINAL: Final = ("no_access", "other_model")
-"""Failures after which an annotator is asked no more."""
-
 NO_RETRY: Final = ("bad_request",)
 """Failures that the same request would meet again; the next start asks once more."""
 

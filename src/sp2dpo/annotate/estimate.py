@@ -31,6 +31,7 @@ from sp2dpo.process import Process
 from sp2dpo.prompts import render
 from sp2dpo.providers import profile_of
 from sp2dpo.settings import Annotator
+from sp2dpo.tables import write_atomic
 
 __all__ = ["ESTIMATE", "AnnotatorCost", "Estimate", "estimate", "pairs_of"]
 
@@ -96,7 +97,8 @@ class Estimate:
 
     def write(self, folder: Path) -> None:
         """Keep it beside the call log, for the report."""
-        (folder / ESTIMATE).write_text(json.dumps(self.as_json(), indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(self.as_json(), indent=1) + "\n"
+        write_atomic(folder / ESTIMATE, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def pairs_of(process: Process, pairs: Path | None, limit: int | None) -> pa.Table:

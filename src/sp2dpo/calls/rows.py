@@ -112,11 +112,6 @@ class Usage:
     completion_tokens: int
     reasoning_tokens: int
 
-    @property
-    def attempts_per_valid(self) -> float | None:
-        """1 + ρ of eq. 60, or None before the first valid answer."""
-        return self.attempts / self.valid if self.valid else None
-
 
 @dataclass(frozen=True)
 class BatchEvent:

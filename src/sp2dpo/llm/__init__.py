@@ -50,14 +50,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Limits:
-    """What `x-ratelimit-…` headers say; the limit holds for the time in which it would fill up again (`reset_s`)."""
+    """What `x-ratelimit-limit-…` headers say, taken to be a minute's."""
 
     requests: float | None = None
-    remaining_requests: float | None = None
-    reset_requests_s: float | None = None
     tokens: float | None = None
-    remaining_tokens: float | None = None
-    reset_tokens_s: float | None = None
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,6 @@ _CONNECT_S: Final = 30.0
 _THIS_MACHINE: Final = re.compile(r"localhost|127\..*|::1")
 T = TypeVar("T")
 
-_DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d+(?:\.\d+)?)s)?(?:(\d+(?:\.\d+)?)ms)?")
-
 
 def read_key(variable: str | None, owner: str) -> str | None:
     """The key of `owner` from the environment; None if it names no variable.
@@ -246,15 +244,7 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def _limits(headers: Mapping[str, str]) -> Limits | None:
-    found = {
-        f"{prefix}{what}{suffix}": read(headers.get(f"x-ratelimit-{word}-{what}"))
-        for what in ("requests", "tokens")
-        for word, prefix, suffix, read in (
-            ("limit", "", "", _number),
-            ("remaining", "remaining_", "", _number),
-            ("reset", "reset_", "_s", _duration),
-        )
-    }
+    found = {what: _number(headers.get(f"x-ratelimit-limit-{what}")) for what in ("requests", "tokens")}
     return Limits(**found) if any(value is not None for value in found.values()) else None
 
 
@@ -265,12 +255,3 @@ def _number(text: str | None) -> float | None:
     except ValueError:
         return None
     return number if math.isfinite(number) and number >= 0 else None
-
-
-def _duration(text: str | None) -> float | None:
-    """`1s`, `6m0s`, `120ms` or a plain number as seconds."""
-    match = _DURATION.fullmatch(text or "")
-    if not text or match is None:
-        return _number(text)
-    units = (86400.0, 3600.0, 60.0, 1.0, 0.001)
-    return sum(float(part or 0) * unit for part, unit in zip(match.groups(), units, strict=True))

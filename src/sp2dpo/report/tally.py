@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -18,19 +18,20 @@ __all__ = ["Served", "Spent", "Tally", "spend", "tally_calls"]
 
 @dataclass
 class Served:
-    """Which model answered under which name, and when."""
+    """Which model answered under which name, and when; `served_as` is the name that the process file accepts for it."""
 
     annotator: str
     origin: str
     requested: str
     served: str | None
+    served_as: str | None = None
     n: int = 0
     first: str = ""
     last: str = ""
 
     @property
     def swapped(self) -> bool:
-        return not same_model(self.requested, self.served, None)
+        return not same_model(self.requested, self.served, self.served_as)
 
     def note(self, call: Call) -> None:
         self.n += 1
@@ -70,6 +71,7 @@ class Used:
 class Tally:
     """What a pass over the log finds. `first_time` to `not_asked` count questions and make up all of them."""
 
+    served_as: Mapping[str, str | None] = field(default_factory=dict)
     attempts: int = 0
     first_time: int = 0
     later: int = 0
@@ -87,7 +89,7 @@ class Tally:
         self.attempts += 1
         self.outcomes[call.outcome] += 1
         who = (call.annotator, call.origin, call.requested_model, call.served_model)
-        self.served.setdefault(who, Served(*who)).note(call)
+        self.served.setdefault(who, Served(*who, self.served_as.get(call.annotator))).note(call)
         self.used.setdefault(who[:2], Used(*who[:2])).note(call)
         self.params[call.annotator, call.params_requested, call.params_sent] += 1
 
@@ -108,7 +110,8 @@ class Tally:
 def tally_calls(log: CallLog, evidence: Evidence) -> Tally:
     """Count attempts and questions; questions are the different pairs × annotators × variants."""
     pairs, annotators, variants = (set(x) for x in (evidence.pair_ids, evidence.annotators, evidence.variants))
-    tally = Tally(not_asked=len(pairs) * len(annotators) * len(variants))
+    served_as = {one.name: one.served_as for one in evidence.run.process.settings.panel.annotators}
+    tally = Tally(served_as, not_asked=len(pairs) * len(annotators) * len(variants))
     for call in log:
         tally.note(call)
     for end in chain(log.answers(), log.failures()):
