@@ -19,15 +19,15 @@ SLACK_MIB: Final = 10
 """More than what SQLite and Python keep for themselves, and less than half of what 30,000 calls take in memory."""
 
 
-def pair_ids(pairs: int) -> list[str]:
-    return [hashlib.sha256(str(n).encode()).hexdigest() for n in range(pairs)]
+def pair_ids(start: int, stop: int) -> list[str]:
+    return [hashlib.sha256(str(n).encode()).hexdigest() for n in range(start, stop)]
 
 
 def calls(pairs: int) -> Iterator[Call]:
     """Nine answers for each pair, some of them after a timeout, and some questions without an answer."""
     text = '{"semantic_gap_category": "Style", "semantic_gap_magnitude": 0.5, "semantic_gap_confidence": 0.4}'
     sent = '{"max_tokens":64,"response_format":{"type":"json_object"},"seed":42,"temperature":0.1}' + " " * 200
-    for n, (pair, annotator, variant) in enumerate(product(pair_ids(pairs), *PANEL)):
+    for n, (pair, annotator, variant) in enumerate(product(pair_ids(0, pairs), *PANEL)):
         asked = (pair, annotator, variant, 1, "live", "m", "m-1", "https://a/v1", "0" * 64, sent, sent, "2026-01-01")
         if n % 50 == 0:
             failed = ("timeout", "[]", None, None, None, None, None, None, None, None, "no answer within 180 s")
@@ -48,7 +48,7 @@ READINGS: dict[str, Callable[[CallLog, int], Any]] = {
     "rows": lambda log, _: sum(1 for _ in log),
     "answers": lambda log, _: sum(1 for _ in log.answers()),
     "failures": lambda log, _: sum(1 for _ in log.failures()),
-    "state": lambda log, pairs: sum(len(log.state(pair_ids(pairs)[n : n + 300])) for n in range(0, pairs, 300)),
+    "state": lambda log, pairs: sum(len(log.state(pair_ids(n, min(n + 300, pairs)))) for n in range(0, pairs, 300)),
     "counts": lambda log, _: sum(count.attempts for count in log.counts()),
     "hash": lambda log, _: log.recomputed_hash() == log.content_hash(),
 }
