@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import threading
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any, Final
 
@@ -45,6 +47,15 @@ def look_from_here(base_url: str, key_env: str | None, has_key: bool) -> tuple[s
         return __version__, f"{key_env} is set neither here nor there"
     raw = asyncio.run(look())
     return __version__, f"{base_url} does not answer ({raw.error})" if raw.failure else None
+
+
+def _exit_with(feed: Any) -> None:
+    """End this process when the feed has ended: Ray may miss a worker that was just starting when it ended the rest."""
+    import ray
+
+    with suppress(ray.exceptions.RayError):
+        ray.get(feed.last.remote())
+    os._exit(1)
 
 
 class Feed:
@@ -85,6 +96,10 @@ class Feed:
             self._workers.append(worker)
         return self._servers[self._seats[name]], self._key
 
+    async def last(self) -> None:
+        """Returns never: who waits for this learns when the feed ends."""
+        await asyncio.Event().wait()
+
     async def workers(self) -> list[Any]:
         """Handles of all workers that took a seat."""
         return self._workers
@@ -104,11 +119,12 @@ def pull(_: Any, feed: Any) -> Iterator[pa.Table]:
 
 
 class Ask:
-    """Worker: posts the requests of a bundle, in order, so many at once."""
+    """Worker: posts the requests of a bundle, in order, so many at once. It ends with the feed, whatever it does."""
 
     def __init__(self, feed: Any, timeout: float, key_env: str | None, concurrency: int) -> None:
         import ray
 
+        threading.Thread(target=_exit_with, args=(feed,), daemon=True).start()
         me = ray.get_runtime_context()
         base_url, key = ray.get(feed.seat.remote(me.current_actor, me.get_actor_id(), me.get_node_id()))
         self._endpoint = Endpoint(base_url, os.environ.get(key_env or "", "").strip() or key, timeout)
