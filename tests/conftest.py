@@ -7,12 +7,13 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
 from hypothesis import settings
 
+from sp2dpo import cli
 from sp2dpo.process import load_process
 from sp2dpo.runs import Run, open_run
 from sp2dpo.stages import prepare_run
@@ -80,6 +81,36 @@ def private_mounts() -> bool:
         return subprocess.run(["unshare", "-rm", "true"], capture_output=True, timeout=30).returncode == 0
     except OSError:
         return False
+
+
+needs_mounts = pytest.mark.skipif(not private_mounts(), reason="no private mounts on this machine")
+
+
+class Ran(NamedTuple):
+    """How a command ended, and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+
+Sp2dpo = Callable[..., Ran]
+
+
+@pytest.fixture
+def sp2dpo(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sp2dpo:
+    """Runs a command in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*args: object) -> Ran:
+        code = 0
+        try:
+            cli.main([str(arg) for arg in args])
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        return Ran(code, *capsys.readouterr())
+
+    return command
 
 
 NewRun = Callable[..., Run]

@@ -22,8 +22,7 @@ from typing import Any
 import pytest
 
 from conftest import GOOD, NewRun, completion, rows, teacher
-from sp2dpo.annotate import engine
-from sp2dpo.annotate import run as run_module
+from sp2dpo.annotate import asking, engine, health
 from sp2dpo.annotate.account import Account
 from sp2dpo.annotate.pace import Pace
 from sp2dpo.annotate.run import annotate
@@ -81,7 +80,7 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
         skipped += seconds
         await asyncio.sleep(0)
 
-    monkeypatch.setattr(run_module, "Pace", partial(Pace, clock=clock, sleep=sleep))
+    monkeypatch.setattr(asking, "Pace", partial(Pace, clock=clock, sleep=sleep))
 
 
 # Outcomes -----------------------------------------------------------------------------------------------------------
@@ -204,7 +203,7 @@ def test_a_fault_that_time_does_not_mend_stops_the_annotator(new_run: NewRun, na
     answer, outcome, status = STOPPING[name]
     run = new_run(pairs=rows(30))
     account = ask(run, lambda asked: answer)
-    most = engine.FIRST_PROBES if outcome == "quota" else 1
+    most = health.FIRST_PROBES if outcome == "quota" else 1
     assert [(call.outcome, call.http_status) for call in logged(run)] == [(outcome, status)] * most
     assert set(account.stopped) == {"teacher"} or account.stopped_all
     assert account.missing_by_cause == {outcome: most, "not asked yet": 30 - most}
@@ -236,7 +235,7 @@ def test_a_date_far_off_in_retry_after_is_told_in_minutes(new_run: NewRun) -> No
 def test_an_endpoint_that_never_answered_is_given_up_after_a_few_attempts(new_run: NewRun) -> None:
     run = new_run(pairs=rows(30))
     account = ask(run, lambda asked: Answer(status=503))
-    assert len(logged(run)) == engine.FIRST_PROBES
+    assert len(logged(run)) == health.FIRST_PROBES
     assert "3 attempts in a row without an answer" in account.stopped["teacher"]
     assert "HTTP 503" in account.stopped["teacher"]
 
@@ -244,14 +243,14 @@ def test_an_endpoint_that_never_answered_is_given_up_after_a_few_attempts(new_ru
 def test_an_endpoint_that_answered_before_is_given_up_later(new_run: NewRun) -> None:
     run, calls = new_run(pairs=rows(30)), iter(range(1000))
     account = ask(run, lambda asked: completion() if next(calls) < 2 else Answer(status=503), concurrency=1)
-    failed = engine.CROWD + engine.PROBES - 1
+    failed = health.CROWD + health.PROBES - 1
     assert [call.outcome for call in logged(run)] == ["ok", "ok"] + ["server_error"] * failed
     assert f"{failed} attempts in a row without an answer" in account.stopped["teacher"]
 
 
 def test_an_answer_in_between_keeps_the_endpoint_in_use(new_run: NewRun) -> None:
     run, calls = new_run(pairs=rows(60)), iter(range(10_000))
-    period = engine.CROWD + engine.PROBES - 1
+    period = health.CROWD + health.PROBES - 1
     account = ask(run, lambda a: Answer(status=503) if next(calls) % period else completion(), concurrency=1)
     assert len(logged(run)) > 8 * period
     assert not account.stopped
@@ -285,9 +284,9 @@ def test_a_retry_that_succeeds_ends_the_question(new_run: NewRun) -> None:
 
 def test_the_delay_doubles_with_jitter_and_is_never_below_retry_after() -> None:
     for retry in range(4):
-        delays = [engine._delay(5, retry, None) for _ in range(200)]
+        delays = [health.delay_s(5, retry, None) for _ in range(200)]
         assert 5 * 2**retry * 0.75 <= min(delays) < max(delays) <= 5 * 2**retry * 1.25
-    assert engine._delay(5, 0, 60.0) == 60.0
+    assert health.delay_s(5, 0, 60.0) == 60.0
 
 
 def test_the_log_keeps_tokens_cost_model_and_settings(new_run: NewRun) -> None:

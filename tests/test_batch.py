@@ -90,7 +90,7 @@ class Run:
             for owner, name in ((client, "upload"), (client, "create"), (client, "fetch")):
                 setattr(owner, name, _watched(getattr(owner, name), tick))
             note = ledger.note_batch
-            ledger.note_batch = lambda event: (tick(event.event), note(event), tick(event.event))  # type: ignore
+            ledger.note_batch = lambda event: (tick(event.event), note(event), tick(event.event))  # type: ignore[method-assign]
             calls = batch_calls(
                 self.open(),
                 client,

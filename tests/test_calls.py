@@ -22,6 +22,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from conftest import needs_mounts
 from sp2dpo.calls import BatchEvent, Call, CellState, Usage, open_calls, open_ledger
 from sp2dpo.calls.writer import Writer
 from sp2dpo.errors import RunDirError, Unfinished
@@ -680,16 +681,6 @@ def test_a_disk_that_takes_no_more_stops_every_writer_and_loses_nothing(tmp_path
         assert ledger.recomputed_hash() == ledger.content_hash()
         ledger.append(CALL)
 
-
-def private_mounts() -> bool:
-    """Whether this machine lets a process have mounts of its own."""
-    try:
-        return subprocess.run(["unshare", "-rm", "true"], capture_output=True, timeout=30).returncode == 0
-    except OSError:
-        return False
-
-
-needs_mounts = pytest.mark.skipif(not private_mounts(), reason="no private mounts on this machine")
 
 ON_A_SMALL_DISK = """
 set -e

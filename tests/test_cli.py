@@ -7,13 +7,13 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
-from conftest import GOOD, completion, rows, teacher, write_process
+from conftest import GOOD, Sp2dpo, completion, rows, teacher, write_process
 from sp2dpo import cli
 from sp2dpo.calls import open_calls
 from sp2dpo.pairs import read_pairs
@@ -25,31 +25,6 @@ from teacher_server import Answer, Asked, teacher_server
 COMMANDS = sorted(
     command.name or command.callback.__name__ for command in cli.app.registered_commands if command.callback
 )
-
-
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Sp2dpo = Callable[..., Ran]
-
-
-@pytest.fixture
-def sp2dpo(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sp2dpo:
-    """Runs a command in this process, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def command(*args: Any) -> Ran:
-        code = 0
-        try:
-            cli.main([str(arg) for arg in args])
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        return Ran(code, *capsys.readouterr())
-
-    return command
 
 
 def recorded_process(folder: Path, n: int = 3, answered: int | None = None, **keys: Any) -> Path:

@@ -13,9 +13,8 @@ import pytest
 import yaml
 
 import local_server as server
-from conftest import write_process
+from conftest import Sp2dpo, write_process
 from fault_server import fault_server
-from sp2dpo import cli
 from sp2dpo.annotate.batch_api import BatchClient
 from sp2dpo.calls import open_calls
 from sp2dpo.verify import verify
@@ -51,21 +50,17 @@ def process(folder: Path, url: str, response_format: str) -> Path:
     return write_process(folder, pairs=list(transcripts()), panel=panel | {"decoding": decoding})
 
 
-def main(*args: object) -> int:
-    with pytest.raises(SystemExit) as ended:
-        cli.main([str(arg) for arg in args])
-    return int(ended.value.code or 0)
-
-
 def excluded(run: Path) -> list[dict[str, str]]:
     with (run / "excluded.csv").open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-def test_a_server_that_keeps_to_the_schema_gives_a_verified_schedule(server_url: str, tmp_path: Path) -> None:
+def test_a_server_that_keeps_to_the_schema_gives_a_verified_schedule(
+    server_url: str, tmp_path: Path, sp2dpo: Sp2dpo
+) -> None:
     path, run = process(tmp_path, server_url, "json_schema"), tmp_path / "run"
-    assert main("annotate", path, "--run-dir", run, "--concurrency", 4) == 0
-    assert main("schedule", path, "--run-dir", run) == 0
+    assert sp2dpo("annotate", path, "--run-dir", run, "--concurrency", 4).code == 0
+    assert sp2dpo("schedule", path, "--run-dir", run).code == 0
     assert list(verify(run))
     schedule, left_out = pq.read_table(run / "schedule.parquet"), excluded(run)
     assert Counter(row["reason"] for row in left_out) == {"empty_field": 2, "prompts_differ": 1, "unreadable": 1}
@@ -79,21 +74,21 @@ def test_a_server_that_keeps_to_the_schema_gives_a_verified_schedule(server_url:
     assert len(set(schedule["beta"].to_pylist())) > 1
 
 
-def test_the_whole_run_in_one_command_ends_with_a_report(server_url: str, tmp_path: Path) -> None:
+def test_the_whole_run_in_one_command_ends_with_a_report(server_url: str, tmp_path: Path, sp2dpo: Sp2dpo) -> None:
     pytest.importorskip("sp2dpo.report.build", exc_type=ImportError)
     path, run = process(tmp_path, server_url, "json_schema"), tmp_path / "run"
-    assert main("run", path, "--run-dir", run, "--limit", 6) == 0
+    assert sp2dpo("run", path, "--run-dir", run, "--limit", 6).code == 0
     assert pq.read_table(run / "schedule.parquet").num_rows == 6
     assert Counter(row["reason"] for row in excluded(run))["not_asked"] == 12
     assert "<html" in (run / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_server_that_answers_noise_loses_nothing_and_schedules_nothing(
-    server_url: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    server_url: str, tmp_path: Path, sp2dpo: Sp2dpo
 ) -> None:
     path, run = process(tmp_path, server_url, "none"), tmp_path / "run"
-    assert main("annotate", path, "--run-dir", run, "--limit", 5) == 1
-    said = capfd.readouterr().err
+    code, _, said = sp2dpo("annotate", path, "--run-dir", run, "--limit", 5)
+    assert code == 1
     assert "0 of 15 questions have a valid answer" in said
     assert "30 calls made" in said
     with open_calls(run / "calls.sqlite") as log:
@@ -101,8 +96,8 @@ def test_a_server_that_answers_noise_loses_nothing_and_schedules_nothing(
         assert not [call for call in log if call.valid or call.magnitude is not None]
         assert all(call.http_status == 200 for call in log)
         assert all(call.raw_text for call in log if call.outcome != "empty")
-    assert main("schedule", path, "--run-dir", run) != 0
-    said = capfd.readouterr().err
+    code, _, said = sp2dpo("schedule", path, "--run-dir", run)
+    assert code == 1
     assert said.splitlines()[-1].startswith("sp2dpo: no pair has a complete set")
     assert "Traceback" not in said
     assert not (run / "schedule.parquet").exists()
@@ -110,7 +105,7 @@ def test_a_server_that_answers_noise_loses_nothing_and_schedules_nothing(
 
 @pytest.mark.parametrize("transport", ["sync", "batch"])
 def test_every_question_is_answered_through_a_proxy_that_spoils_what_the_model_says(
-    tmp_path: Path, server_url: str, monkeypatch: pytest.MonkeyPatch, transport: str
+    tmp_path: Path, server_url: str, sp2dpo: Sp2dpo, monkeypatch: pytest.MonkeyPatch, transport: str
 ) -> None:
     monkeypatch.setattr(BatchClient.__init__, "__defaults__", ((0.05, 0.2),))
     with fault_server(upstream=server_url, fault_rate=0.4, retry_after=0.1, seed=3, batch_seconds=0.2) as proxy:
@@ -119,12 +114,12 @@ def test_every_question_is_answered_through_a_proxy_that_spoils_what_the_model_s
         keys["panel"]["decoding"] |= {"retry_attempts": 10, "retry_delay_base": 0.05, "timeout": 5}
         path.write_text(yaml.safe_dump(keys))
         run = tmp_path / "run"
-        assert main("annotate", path, "--run-dir", run, "--transport", transport) == 0
+        assert sp2dpo("annotate", path, "--run-dir", run, "--transport", transport).code == 0
         asked = proxy.stats()
     with open_calls(run / "calls.sqlite") as log:
         outcomes = Counter(call.outcome for call in log)
     assert outcomes["ok"] + outcomes["repaired"] == 54
     assert len(outcomes) > 5
     assert asked["asked_again"] == {"valid": 0, "mend": 0}
-    assert main("schedule", path, "--run-dir", run) == 0
+    assert sp2dpo("schedule", path, "--run-dir", run).code == 0
     assert list(verify(run))

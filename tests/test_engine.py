@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
-from conftest import GOOD, NewRun, completion, private_mounts, rows, teacher, write_process
+from conftest import GOOD, NewRun, completion, needs_mounts, rows, teacher, write_process
 from fault_server import FaultServer, cures, fault_server, question_key
 from faults import judgement
-from sp2dpo.annotate import engine
+from sp2dpo.annotate import health
 from sp2dpo.annotate.run import annotate
 from sp2dpo.calls import Call, CallLog, open_calls
 from sp2dpo.errors import ProcessError
@@ -107,7 +107,7 @@ def test_a_dead_endpoint_is_asked_one_at_a_time_and_given_up(new_run: NewRun) ->
         run = new_run(pairs=rows(100), panel={"annotators": [at(server)], "decoding": PATIENT})
         account = annotate(run, concurrency=16)
         stats = server.stats()
-    assert (stats["requests"], stats["most_in_flight"]) == (engine.FIRST_PROBES, 1)
+    assert (stats["requests"], stats["most_in_flight"]) == (health.FIRST_PROBES, 1)
     assert "3 attempts in a row without an answer" in account.stopped["teacher"]
 
 
@@ -120,14 +120,14 @@ def test_an_endpoint_that_dies_on_the_way_does_not_burn_retries_over_all_pairs(n
         account = annotate(run, concurrency=16)
         stats = server.stats()
     assert account.valid == 40
-    failed = 2 * 16 + engine.PROBES  # what fails until it shows, what was in flight then, and single tries
+    failed = 2 * 16 + health.PROBES  # what fails until it shows, what was in flight then, and single tries
     assert account.stopped.keys() == {"teacher"}
     assert stats["requests"] == 40 + sum(n for name, n in account.outcomes.items() if name != "ok") <= 40 + failed
     assert account.missing_by_cause["not asked yet"] >= 200 - failed
 
 
 def test_an_endpoint_that_comes_back_is_asked_all_the_rest(new_run: NewRun) -> None:
-    down = range(20, 20 + 16 + engine.PROBES - 2)
+    down = range(20, 20 + 16 + health.PROBES - 2)
     run = new_run(pairs=rows(60), panel={"decoding": PATIENT})
     with teacher_server(lambda _: Answer(status=503) if len(server.asked) - 1 in down else completion()) as server:
         account = annotate(run, connector=server.connector, concurrency=16)
@@ -373,7 +373,7 @@ exit $code
 """
 
 
-@pytest.mark.skipif(not private_mounts(), reason="no private mounts on this machine")
+@needs_mounts
 def test_a_full_disk_ends_with_1_and_one_line_and_with_more_space_the_rest_is_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,14 +7,13 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 import local_server as server
-from conftest import GOOD, NewRun, completion, rows, teacher, write_process
+from conftest import GOOD, NewRun, Sp2dpo, completion, rows, teacher, write_process
 from fault_server import fault_server
-from sp2dpo import cli
 from sp2dpo.annotate.estimate import (
     CHARACTERS_PER_TOKEN,
     ESTIMATE,
@@ -313,43 +312,18 @@ def test_answers_that_were_taken_over_are_no_pilot(new_run: NewRun) -> None:
 # The command --------------------------------------------------------------------------------------------------------
 
 
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Cost = Callable[..., Ran]
-
-
-@pytest.fixture
-def cost(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cost:
-    """Runs `sp2dpo cost` in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(path: Path, *flags: str, command: str = "cost") -> Ran:
-        code = 0
-        try:
-            cli.main([command, str(path), *flags])
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        return Ran(code, *capsys.readouterr())
-
-    return run
-
-
-def test_a_pilot_asks_about_so_many_pairs_once_and_its_answers_stay(cost: Cost, tmp_path: Path) -> None:
+def test_a_pilot_asks_about_so_many_pairs_once_and_its_answers_stay(sp2dpo: Sp2dpo, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "small"
     with fault_server(reasoning_tokens=100) as there:
         annotators = [teacher(name, base_url=there.base_url, price=PRICE) for name in ("one", "two")]
         path = write_process(tmp_path / "p", pairs=rows(30), panel={"annotators": annotators})
-        first = cost(path, "--pilot", "5", "--json")
+        first = sp2dpo("cost", path, "--pilot", "5", "--json")
         assert (first.code, there.stats()["requests"]) == (0, 10)
-        again = cost(path, "--pilot", "5", "--json")
+        again = sp2dpo("cost", path, "--pilot", "5", "--json")
         assert (again.code, there.stats()["requests"]) == (0, 10)
         found = json.loads(first.out)
         assert json.loads((run / ESTIMATE).read_text())["usd"] == found["usd"]
-        assert cost(path, command="annotate").code == 0
+        assert sp2dpo("annotate", path).code == 0
         stats = there.stats()
     assert (stats["requests"], stats["asked_again"]) == (60, {"valid": 0, "mend": 0})
     assert (found["pairs"], found["calls"]) == (30, 60)
@@ -363,17 +337,17 @@ def test_a_pilot_asks_about_so_many_pairs_once_and_its_answers_stay(cost: Cost, 
     assert json.loads((run / ESTIMATE).read_text())["usd"] == found["usd"]
 
 
-def test_a_pilot_that_gets_no_answer_says_so_and_the_estimate_is_a_guess(cost: Cost, tmp_path: Path) -> None:
+def test_a_pilot_that_gets_no_answer_says_so_and_the_estimate_is_a_guess(sp2dpo: Sp2dpo, tmp_path: Path) -> None:
     down = teacher(base_url="http://127.0.0.1:1/v1", price=PRICE)
-    ran = cost(write_process(tmp_path / "p", panel={"annotators": [down]}), "--pilot", "5")
+    ran = sp2dpo("cost", write_process(tmp_path / "p", panel={"annotators": [down]}), "--pilot", "5")
     assert "annotator 'teacher' was stopped" in ran.err
     assert "tokens guessed" in ran.out
     assert "only a pilot measures it" in ran.err
 
 
-def test_the_table_has_a_line_for_each_annotator_and_says_what_it_rests_on(cost: Cost, tmp_path: Path) -> None:
+def test_the_table_has_a_line_for_each_annotator_and_says_what_it_rests_on(sp2dpo: Sp2dpo, tmp_path: Path) -> None:
     annotators = [teacher("one", price=PRICE), teacher("two")]
-    ran = cost(write_process(tmp_path / "p", pairs=rows(5), panel={"annotators": annotators}))
+    ran = sp2dpo("cost", write_process(tmp_path / "p", pairs=rows(5), panel={"annotators": annotators}))
     assert ran.code == 0
     assert "5 pairs, 10 calls, 0 recorded answers" in ran.out
     assert "one: tokens guessed" in ran.out
@@ -381,9 +355,9 @@ def test_the_table_has_a_line_for_each_annotator_and_says_what_it_rests_on(cost:
     assert "sp2dpo cost PROCESS.yaml --pilot 50" in ran.err
 
 
-def test_an_estimate_does_not_prepare_a_run(cost: Cost, tmp_path: Path) -> None:
+def test_an_estimate_does_not_prepare_a_run(sp2dpo: Sp2dpo, tmp_path: Path) -> None:
     path = write_process(tmp_path / "p", pairs=MIXED)
-    found = json.loads(cost(path, "--json").out)
+    found = json.loads(sp2dpo("cost", path, "--json").out)
     assert not (tmp_path / "runs").exists()
     assert found["pairs"] == 30
     assert found["calls"] == only(estimate(load_process(path))).calls

@@ -16,9 +16,8 @@ from typing import Any
 
 import pytest
 
-from conftest import GOOD, NewRun, completion, rows, teacher, write_process
+from conftest import GOOD, NewRun, Sp2dpo, completion, rows, teacher, write_process
 from faults import judgement, question_key
-from sp2dpo import cli
 from sp2dpo.annotate.exchange import export_open, import_answers
 from sp2dpo.annotate.run import annotate
 from sp2dpo.calls import Call, open_calls, open_ledger
@@ -384,23 +383,16 @@ def test_no_file_is_imported_while_another_process_writes(new_run: NewRun) -> No
 # The commands -------------------------------------------------------------------------------------------------------
 
 
-def main(*args: object) -> int:
-    try:
-        cli.main([str(arg) for arg in args])
-    except SystemExit as ended:
-        return int(ended.code or 0)
-    return 0
-
-
-def test_the_commands_say_what_they_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_say_what_they_did(tmp_path: Path, sp2dpo: Sp2dpo) -> None:
     path, run = write_process(tmp_path, pairs=rows(5)), tmp_path / "run"
     file, back = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
-    assert main("export", path, "-o", file, "--run-dir", run) == 0
-    assert "5 questions" in capsys.readouterr().err
+    ran = sp2dpo("export", path, "-o", file, "--run-dir", run)
+    assert ran.code == 0
+    assert "5 questions" in ran.err
     lines = [answered(line, "no" if n == 4 else None) for n, line in enumerate(read(file))]
     write(back, [*lines, lines[0], {**lines[0], "custom_id": "other"}])
-    assert main("import", path, back, "--run-dir", run, "--json") == 0
-    said = capsys.readouterr()
+    said = sp2dpo("import", path, back, "--run-dir", run, "--json")
+    assert said.code == 0
     found = json.loads(said.out)
     assert (found["questions"], found["valid"], found["imported"]) == (5, 4, 5)
     assert "5 of 6 answers taken; 4 of 5 questions have a valid answer" in said.err
@@ -418,30 +410,30 @@ def test_the_commands_say_what_they_did(tmp_path: Path, capsys: pytest.CaptureFi
     ],
 )
 def test_a_file_that_cannot_be_imported_ends_with_2_and_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None, says: str
+    tmp_path: Path, sp2dpo: Sp2dpo, content: str | None, says: str
 ) -> None:
     path, back = write_process(tmp_path), tmp_path / "answers.jsonl"
     if content is not None:
         back.write_text(content)
-    assert main("import", path, back, "--run-dir", tmp_path / "run") == 2
-    last = capsys.readouterr().err.splitlines()[-1]
+    ran = sp2dpo("import", path, back, "--run-dir", tmp_path / "run")
+    assert ran.code == 2
+    last = ran.err.splitlines()[-1]
     assert last.startswith("sp2dpo: ")
     assert says in last
 
 
-def test_an_export_to_what_is_no_file_ends_with_2_and_changes_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_export_to_what_is_no_file_ends_with_2_and_changes_nothing(tmp_path: Path, sp2dpo: Sp2dpo) -> None:
     path, taken = write_process(tmp_path / "p"), tmp_path / "taken"
     taken.mkdir()
-    assert main("export", path, "-o", taken, "--run-dir", tmp_path / "run") == 2
-    last = capsys.readouterr().err.splitlines()[-1]
+    ran = sp2dpo("export", path, "-o", taken, "--run-dir", tmp_path / "run")
+    assert ran.code == 2
+    last = ran.err.splitlines()[-1]
     assert last.startswith("sp2dpo: ")
     assert "taken" in last
     assert sorted(file.name for file in tmp_path.iterdir()) == ["p", "run", "taken"]
 
 
-def test_an_export_makes_the_folder_that_it_goes_to(tmp_path: Path) -> None:
+def test_an_export_makes_the_folder_that_it_goes_to(tmp_path: Path, sp2dpo: Sp2dpo) -> None:
     output = tmp_path / "new" / "questions.jsonl"
-    assert main("export", write_process(tmp_path), "-o", output, "--run-dir", tmp_path / "run") == 0
+    assert sp2dpo("export", write_process(tmp_path), "-o", output, "--run-dir", tmp_path / "run").code == 0
     assert len(read(output)) == 2

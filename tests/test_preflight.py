@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from conftest import KEY, completion, teacher, write_process
+from conftest import KEY, Sp2dpo, completion, teacher, write_process
 from fault_server import fault_server
-from sp2dpo import cli
 from sp2dpo.annotate.preflight import OLD_PRICE, SOON, Check, preflight
 from sp2dpo.process import Process, load_process
 from teacher_server import Answer, Asked, Handler, teacher_server
@@ -416,22 +415,14 @@ def test_an_endpoint_that_counts_no_tokens_is_told(checked: Checked) -> None:
 # The command --------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_ends_with_0_or_with_1_and_what_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def run(*flags: str) -> tuple[int, str, str]:
-        code = 0
-        try:
-            cli.main(["preflight", str(path), *flags])
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        return code, *capsys.readouterr()
-
+def test_the_command_ends_with_0_or_with_1_and_what_failed(tmp_path: Path, sp2dpo: Sp2dpo) -> None:
     with fault_server(json_mode="enforced") as server:
         path = write_process(tmp_path, panel={"annotators": [teacher(base_url=server.base_url, **JSON)]})
-        code, out, _ = run()
+        code, out, _ = sp2dpo("preflight", path)
         assert code == 0
         assert "enforced" in out
         server.script("", "quota", "quota")
-        code, out, err = run("--json")
+        code, out, err = sp2dpo("preflight", path, "--json")
     assert code == 1
     assert {"annotator", "what", "state", "found"} == {*json.loads(out)[0]}
     assert [check["what"] for check in json.loads(out) if check["state"] == "fail"] == ["call"]

@@ -16,7 +16,7 @@ from sp2dpo.progress import Progress
 from sp2dpo.runs import Run
 from sp2dpo.tables import write_manifest
 
-__all__ = ["INTERRUPTED", "Account", "Book", "write_account"]
+__all__ = ["INTERRUPTED", "Account", "Book", "keep_rows", "write_account"]
 
 INTERRUPTED: Final = "interrupted"
 """Why a run stopped, if Ctrl-C did it; the command says so by itself."""
@@ -110,6 +110,13 @@ def _n(count: int, what: str) -> str:
 
 def _list(counts: Counter[str]) -> str:
     return ", ".join(f"{name} {n:,}" for name, n in counts.most_common())
+
+
+def keep_rows(ledger: Ledger, account: Account, rows: Sequence[Call]) -> None:
+    """Rows that nobody was asked for now."""
+    ledger.append(*rows)
+    for row in rows:
+        account.note(row)
 
 
 def write_account(run: Run, ledger: Ledger, account: Account) -> None:

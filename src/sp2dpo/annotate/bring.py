@@ -150,7 +150,7 @@ class Answers:
     """
 
     def __init__(self, file: IO[bytes], path: Path, annotator: str, cut: bool = False) -> None:
-        self._file, self._path, self._annotator = file, path, annotator
+        self._file, self._path = file, path
         self.torn: int | None = None
         self.others = 0
         keys, places = array("Q"), array("q")

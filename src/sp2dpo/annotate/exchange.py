@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from sp2dpo.annotate.account import Account, write_account
+from sp2dpo.annotate.account import Account, keep_rows, write_account
 from sp2dpo.annotate.bring import export_requests, open_answers
 from sp2dpo.annotate.jobs import refuse_other_jobs
 from sp2dpo.annotate.plan import Plan
@@ -92,9 +92,9 @@ def import_answers(run: Run, path: Path, *, annotator: str | None = None, limit:
                 taken += 1
                 waiting += _rows(teacher, request, found)
                 if len(waiting) >= _ROWS_AT_ONCE:
-                    _keep(ledger, account, waiting)
+                    keep_rows(ledger, account, waiting)
                     waiting = []
-            _keep(ledger, account, waiting)
+            keep_rows(ledger, account, waiting)
             account.settle(plan.standing())
             write_account(run, ledger, account)
             return Imported(account, len(answers), taken, answers.unused, answers.duplicates, answers.torn)
@@ -106,9 +106,3 @@ def _rows(teacher: Teacher, request: Request, found: object) -> list[Call]:
     if isinstance(found, dict):
         return teacher.rows_of(request, found, raw, **how)  # type: ignore[arg-type]
     return teacher.rows(request, raw, **how)  # type: ignore[arg-type]
-
-
-def _keep(ledger: Ledger, account: Account, rows: list[Call]) -> None:
-    ledger.append(*rows)
-    for row in rows:
-        account.note(row)
