@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 
@@ -321,6 +322,72 @@ def test_ctrl_c_once_awaits_and_logs_what_is_in_flight(tmp_path: Path) -> None:
         assert 12 <= stats["requests"] < 60
         assert Started(folder, "--concurrency", 16).ended()[0] == 0
         assert server.stats()["requests"] == 60
+
+
+def left_with_a_job(folder: Path) -> None:
+    """One start that is ended by Ctrl-C when its batch job is in flight."""
+    started = Started(folder, "--transport", "batch")
+    assert started.process.stderr is not None
+    while "estimate" not in started.process.stderr.readline():
+        assert started.process.poll() is None
+    while not events(folder)["submitted"]:
+        assert started.process.poll() is None
+        time.sleep(0.01)
+    started.process.send_signal(signal.SIGINT)
+    code, _, err = started.ended()
+    assert code == 130
+    assert "in flight at the provider. Nothing is cancelled" in err
+
+
+def events(folder: Path) -> Counter[str]:
+    with open_calls(folder / "run/calls.sqlite") as log:
+        return Counter(event.event for event in log.batch_events("teacher"))
+
+
+def test_no_question_of_a_job_in_flight_is_asked_in_another_way(tmp_path: Path) -> None:
+    with fault_server(batch_seconds=1.0) as server:
+        folder = run_folder(tmp_path, server, 2)
+        left_with_a_job(folder)
+        for verb, more in (("annotate", ()), ("export", ("-o", tmp_path / "questions.jsonl"))):
+            code, _, err = Started(folder, *more, verb=verb).ended()
+            assert code == 2
+            assert "6 calls are in batch jobs of an earlier start (batch_0 of teacher)" in err.splitlines()[-1]
+        code, _, err = Started(folder, "--transport", "batch").ended()
+        assert code == 0
+        assert "with 6 calls of an earlier start" in err
+        assert server.stats()["requests"] == 6
+
+
+@pytest.mark.parametrize("transport", ["sync", "batch"])
+def test_the_questions_of_jobs_that_are_given_up_are_asked_anew(tmp_path: Path, transport: str) -> None:
+    with fault_server(batch_seconds=1.0) as server:
+        folder = run_folder(tmp_path, server, 2, price=PRICE)
+        left_with_a_job(folder)
+        code, out, err = Started(folder, "--transport", transport, "--forget-batches", "--json").ended()
+        assert code == 0
+        assert "teacher: batch job batch_0 with 6 calls is given up" in err
+        account = json.loads(out)
+        assert account["valid"] == 6
+        assert account["spent_usd"] < account["unknown_usd"]
+        assert events(folder)["gone"] == 1
+        assert server.stats()["requests"] == 6
+        while server.stats()["requests"] < 12:  # the provider goes on with the job, and bills it
+            urlopen(f"{server.base_url}/batches/batch_0").close()
+            time.sleep(0.05)
+        assert spent_at(server) <= account["spent_usd"] + account["unknown_usd"]
+
+
+def test_what_jobs_that_are_given_up_may_cost_counts_against_the_budget(tmp_path: Path) -> None:
+    with fault_server(batch_seconds=60.0) as server:
+        folder = run_folder(tmp_path, server, 2, price=PRICE)
+        left_with_a_job(folder)
+        code, out, _ = Started(folder, "--forget-batches", "--limit", 1, "--json").ended()
+        spent, given_up = (json.loads(out)[name] for name in ("spent_usd", "unknown_usd"))
+        assert (code, server.stats()["requests"]) == (0, 3)
+        assert spent < given_up
+        code, _, err = Started(folder, "--budget-usd", 1.01 * (spent + given_up)).ended()
+        assert (code, server.stats()["requests"]) == (1, 3)
+        assert "the budget of" in err
 
 
 def test_a_second_process_on_the_same_run_is_refused_and_told_which_one_is_there(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from sp2dpo.annotate.account import INTERRUPTED, Book
@@ -29,17 +29,16 @@ ALL: Final = ""
 """In a mapping of limits: of every annotator that has none of its own."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Way:
-    """How the questions are asked: what flags say. Nothing here changes an answer."""
+    """How the questions are asked: what the flags of `annotate` say. Nothing here changes an answer."""
 
-    concurrency: int = 8
-    transport: Transport = "sync"
-    budget_usd: float | None = None
-    rpm: Mapping[str, float] = field(default_factory=dict)
-    tpm: Mapping[str, float] = field(default_factory=dict)
-    forget_batches: bool = False
-    connector: Callable[[], Any] | None = None
+    concurrency: int
+    transport: Transport
+    budget_usd: float | None
+    rpm: Mapping[str, float]
+    tpm: Mapping[str, float]
+    connector: Callable[[], Any] | None
 
 
 class Interrupt:
@@ -60,6 +59,7 @@ class Interrupt:
 
 @contextmanager
 def interruptible() -> Iterator[Interrupt]:
+    """Within it, Ctrl-C is an `Interrupt`; after it, KeyboardInterrupt if there was one."""
     interrupt = Interrupt()
     try:
         before = signal.signal(signal.SIGINT, interrupt)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sp2dpo.annotate.account import Account, keep_rows, write_account
 from sp2dpo.annotate.bring import export_requests, open_answers
-from sp2dpo.annotate.jobs import refuse_other_jobs
+from sp2dpo.annotate.jobs import refuse_jobs
 from sp2dpo.annotate.plan import Plan
 from sp2dpo.annotate.teacher import Teacher
 from sp2dpo.calls import Call, Ledger, open_ledger
@@ -68,7 +68,7 @@ def export_open(run: Run, path: Path, *, annotator: str | None = None, limit: in
         raise InputError(f"{path} is there and is no file: name a file for the questions")
     with open_ledger(run.calls) as ledger:
         teacher = _teacher(run, annotator, ledger)
-        refuse_other_jobs(ledger, [teacher.name], forget=False)
+        refuse_jobs(ledger, [teacher.name])
         return export_requests(_requests(_plan(run, ledger, limit), teacher), path)
 
 
@@ -82,7 +82,7 @@ def import_answers(run: Run, path: Path, *, annotator: str | None = None, limit:
     account = Account()
     with open_ledger(run.calls) as ledger:
         teacher, plan = _teacher(run, annotator, ledger), _plan(run, ledger, limit)
-        refuse_other_jobs(ledger, [teacher.name], forget=False)
+        refuse_jobs(ledger, [teacher.name])
         with open_answers(path, teacher.name) as answers:
             taken, waiting = 0, []
             for request in _requests(plan, teacher):

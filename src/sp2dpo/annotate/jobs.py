@@ -14,7 +14,7 @@ from typing import Any
 from sp2dpo.annotate.account import Book
 from sp2dpo.annotate.batch import batch_calls
 from sp2dpo.annotate.batch_api import BatchClient
-from sp2dpo.annotate.batch_shard import jobs_in_flight
+from sp2dpo.annotate.batch_shard import Job, jobs_in_flight
 from sp2dpo.annotate.money import Budget, BudgetReached
 from sp2dpo.annotate.plan import Plan
 from sp2dpo.annotate.teacher import Teacher, request_hash
@@ -23,7 +23,7 @@ from sp2dpo.errors import ProcessError, Unfinished
 from sp2dpo.llm import Raw, Request
 from sp2dpo.llm.http import Endpoint
 
-__all__ = ["refuse_other_jobs", "run_jobs"]
+__all__ = ["give_up_jobs", "refuse_jobs", "run_jobs"]
 
 UPLOAD_S = 900.0
 LIMITS = (50_000, 200_000_000)
@@ -40,26 +40,42 @@ async def run_jobs(
     await asyncio.gather(*(_Jobs(*one, plan, book, ledger, budget, folder).run() for one in asked))
 
 
-def refuse_other_jobs(ledger: Ledger, names: Sequence[str], *, forget: bool) -> None:
-    """Before questions are asked one by one: none may be in a batch job of an earlier start, which is paid for.
-
-    Args:
-        forget: give those jobs up instead; what they come to will be billed and not collected.
+def refuse_jobs(ledger: Ledger, names: Sequence[str]) -> None:
+    """Before questions are asked in another way: none may be in a batch job of an earlier start, which is paid for.
 
     Raises:
         ProcessError: there are such jobs.
     """
     jobs = [(name, job) for name in names for job in jobs_in_flight(ledger, name)]
-    if not forget and jobs:
+    if jobs:
         listed = ", ".join(f"{job.batch_id or 'one that may have been created'} of {name}" for name, job in jobs)
         calls = sum(job.calls for _, job in jobs)
         raise ProcessError(
             f"{calls:,} calls are in batch jobs of an earlier start ({listed}). Collect them with --transport batch; "
             "--forget-batches gives them up, and asks and pays for their questions again"
         )
-    for name, job in jobs:
-        at = datetime.now(UTC).isoformat(timespec="milliseconds")
-        ledger.note_batch(BatchEvent(name, "gone", job.shard, at, job.batch_id, '{"why":"given up"}'))
+
+
+def give_up_jobs(ledger: Ledger, teachers: Sequence[Teacher], folder: Path) -> None:
+    """Leave the batch jobs of earlier starts uncollected; the most that they may cost counts as spent from now on."""
+    for teacher in teachers:
+        for job in jobs_in_flight(ledger, teacher.name):
+            ledger.write_off(sum(_bound_usd(teacher, body) for body in _bodies(folder / teacher.name, job)))
+            at = datetime.now(UTC).isoformat(timespec="milliseconds")
+            ledger.note_batch(BatchEvent(teacher.name, "gone", job.shard, at, job.batch_id, '{"why":"given up"}'))
+            _say(f"{teacher.name}: {job} with {job.calls:,} calls is given up; the provider bills what it comes to")
+
+
+def _bodies(folder: Path, job: Job) -> Iterator[Mapping[str, Any]]:
+    """The requests of a job, from its file; none if that is lost."""
+    file = folder / f"{job.shard}.jsonl"
+    for line in file.open("rb") if file.is_file() else ():
+        yield json.loads(line)["body"]
+
+
+def _bound_usd(teacher: Teacher, body: Mapping[str, Any]) -> float:
+    """The most that a call can cost in a batch job."""
+    return teacher.bound_usd(body) * (1 - (teacher.batch.discount if teacher.batch else 0.0))
 
 
 class _Jobs:
@@ -112,7 +128,7 @@ class _Jobs:
         """Open questions, until their worst case would not fit into the budget."""
         for question in self._plan.open(self._teacher.name, together=self._teacher.decides):
             request = self._teacher.request(question)
-            bound = self._bound_usd(request.body)
+            bound = _bound_usd(self._teacher, request.body) if self._budget.capped else 0.0
             if not self._set_aside(request.hash, bound):
                 return
             yield request
@@ -120,14 +136,8 @@ class _Jobs:
     def _count_earlier(self) -> None:
         """Set the worst case of jobs of an earlier start aside; they will be billed."""
         for job in jobs_in_flight(self._ledger, self._teacher.name) if self._budget.capped else ():
-            file = self._folder / f"{job.shard}.jsonl"
-            for line in file.open("rb") if file.is_file() else ():
-                body = json.loads(line)["body"]
-                self._set_aside(request_hash(self._teacher.endpoint, body), self._bound_usd(body))
-
-    def _bound_usd(self, body: Mapping[str, Any]) -> float:
-        discount = self._teacher.batch.discount if self._teacher.batch else 0.0
-        return self._teacher.bound_usd(body) * (1 - discount) if self._budget.capped else 0.0
+            for body in _bodies(self._folder, job):
+                self._set_aside(request_hash(self._teacher.endpoint, body), _bound_usd(self._teacher, body))
 
     def _set_aside(self, hashed: str, bound_usd: float) -> bool:
         """False if it does not fit into the budget any more."""

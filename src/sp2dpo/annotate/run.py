@@ -18,7 +18,7 @@ from typing import Any
 from sp2dpo.annotate.account import Account, Book, keep_rows, write_account
 from sp2dpo.annotate.asking import ALL, Asking, Transport, Way, interruptible
 from sp2dpo.annotate.estimate import ESTIMATE, estimate
-from sp2dpo.annotate.jobs import refuse_other_jobs
+from sp2dpo.annotate.jobs import give_up_jobs, refuse_jobs
 from sp2dpo.annotate.plan import Plan
 from sp2dpo.annotate.replay import Replay, take_over
 from sp2dpo.annotate.teacher import Teacher
@@ -71,7 +71,7 @@ def annotate(
         RunDirError: another process writes the same call log.
         Unfinished: the call log could not be written.
     """
-    way = Way(concurrency, transport, budget_usd, rpm or {}, tpm or {}, forget_batches, connector)
+    way = Way(concurrency, transport, budget_usd, rpm or {}, tpm or {}, connector)
     _check_flags(run, retry, way)
     panel = run.process.settings.panel
     check_pairs(run.pairs, "sp2dpo annotate PROCESS.yaml")
@@ -83,8 +83,10 @@ def annotate(
         plan = Plan(run.pairs, ledger, names, panel.variants, limit=limit, sample=sample, retry=retry)
         teachers = [Teacher(run, annotator, ledger.served(annotator.name)) for annotator in _live(run)]
         _check_budget(teachers, way)
-        if transport != "batch":
-            refuse_other_jobs(ledger, names, forget=forget_batches)
+        if forget_batches:
+            give_up_jobs(ledger, teachers, run.path / "batches")
+        elif transport != "batch":
+            refuse_jobs(ledger, names)
         try:
             with interruptible() as interrupt:
                 if reuse is not None:

@@ -86,8 +86,14 @@ class Ledger(CallLog):
         """Note that every call of this start is a row."""
         self._write("UPDATE starts SET ended_at = ? WHERE id = ?", (_now(), self._start))
 
+    def write_off(self, usd: float) -> None:
+        """Note that up to so much may be billed for what will never be a row."""
+        sql = "INSERT INTO starts (started_at, pid, host, reserved_usd) VALUES (?, ?, ?, ?)"
+        self._write(sql, (_now(), os.getpid(), socket.gethostname(), usd))
+
     def unaccounted_usd(self) -> float:
-        """What earlier starts that ended uncleanly had in flight at most: it may have been billed, and is no row."""
+        """What earlier starts that ended uncleanly had in flight at most, and what was written off: it may have been
+        billed, and is no row."""
         sql = "SELECT total(reserved_usd) FROM starts WHERE ended_at IS NULL AND id IS NOT ?"
         return float(next(self._rows(sql, (self._start,)))[0])
 
