@@ -28,9 +28,9 @@ from sp2dpo.annotate.pace import Pace
 from sp2dpo.annotate.run import annotate
 from sp2dpo.calls import Call, open_calls
 from sp2dpo.errors import ProcessError, RunDirError
+from sp2dpo.evidence import read_evidence
 from sp2dpo.pairs import read_pairs
 from sp2dpo.report.build import build_report
-from sp2dpo.report.data import read_evidence
 from sp2dpo.report.money import money_rows
 from sp2dpo.report.tally import tally_calls
 from sp2dpo.runs import Run

@@ -14,18 +14,12 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from sp2dpo.ensemble import (
-    additive_fit,
     annotator_mad,
     annotator_std,
-    damp,
-    damping,
     effective_gap,
     majority_category,
     median_over_prompts,
-    pooled_gap,
     prompt_disagreement,
-    weighted_over_annotators,
-    weighted_over_prompts,
 )
 from sp2dpo.errors import InputError
 
@@ -83,9 +77,10 @@ def test_the_median_of_products_is_not_the_product_of_medians() -> None:
     assert (median_over_prompts(magnitude) * median_over_prompts(confidence)).item() == 0.25
 
 
-def test_a_missing_gap_is_not_hidden_by_the_median() -> None:
-    median = median_over_prompts([[[np.nan, 0.5, 0.6], [0.1, 0.2, 0.3]]])
-    np.testing.assert_array_equal(median, [[np.nan, 0.2]])
+def test_a_missing_call_takes_no_part_in_the_median() -> None:
+    nan = np.nan
+    median = median_over_prompts([[[nan, 0.5, 0.6], [0.1, 0.2, 0.3]], [[nan, nan, nan], [nan, 0.4, nan]]])
+    np.testing.assert_array_equal(median, [[0.55, 0.2], [nan, 0.4]])
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 0, 3), (2, 3, 0), (2, 1, 1, 3)])
@@ -185,78 +180,3 @@ def test_a_panel_of_one_mind_has_no_disagreement(gap: float, j: int, k: int) -> 
     assert prompt_disagreement(np.full((2, j, k), gap)).tolist() == [[0.0] * j] * 2
     assert annotator_mad(np.full((2, j), gap)).tolist() == [0.0, 0.0]
     np.testing.assert_allclose(annotator_std(np.full((2, j), gap)), 0.0, atol=1e-15)
-
-
-# The paper's other operators ------------------------------------------------------------------------------------------
-
-
-def test_damping_of_a_disagreement_of_one_half_at_strength_two() -> None:
-    """exp(−1) = 0.3679 and 1/(1 + 1) = 0.5."""
-    assert damping(0.5, 2.0) == pytest.approx(0.367879441, rel=1e-8)
-    assert damping(0.5, 2.0, "rational") == 0.5
-    np.testing.assert_allclose(damp([[0.8, 0.4]], [[0.5, 0.0]], 2.0, "rational"), [[0.4, 0.4]])
-
-
-@pytest.mark.parametrize("form", ["exponential", "rational"])
-@given(u=st.floats(0, 1), more=st.floats(0, 1), strength=st.floats(0, 20))
-def test_damping_never_raises_a_gap_and_falls_with_disagreement(
-    form: Any, u: float, more: float, strength: float
-) -> None:
-    assert damping(0.0, strength, form) == damping(u, 0.0, form) == 1.0
-    assert 0.0 < damping(u + more, strength, form) <= damping(u, strength, form) <= 1.0
-
-
-def test_damping_that_would_reward_disagreement_is_refused() -> None:
-    with pytest.raises(InputError, match="must not be negative"):
-        damping(0.1, -1.0)
-
-
-def test_weights_over_prompts_annotators_and_calls_worked_out_by_hand() -> None:
-    gap = [[[0.2, 0.4, 0.6], [0.1, 0.1, 0.5]]]
-    np.testing.assert_allclose(weighted_over_prompts(gap, [1, 1, 2]), [[0.45, 0.3]])
-    np.testing.assert_allclose(weighted_over_annotators([[0.1, 0.3]], [3, 1]), [0.15])
-    np.testing.assert_allclose(pooled_gap(gap, [[1, 0, 0], [0, 0, 3]]), [(0.2 + 3 * 0.5) / 4])
-
-
-@given(gaps_ijk, st.floats(0.1, 10))
-def test_equal_weights_are_the_mean_whatever_their_size(gap_ijk: Any, weight: float) -> None:
-    _, j, k = gap_ijk.shape
-    over_prompts = weighted_over_prompts(gap_ijk, np.full(k, weight))
-    np.testing.assert_allclose(over_prompts, gap_ijk.mean(axis=2), rtol=1e-9, atol=1e-300)
-    pooled = pooled_gap(gap_ijk, np.full((j, k), weight))
-    np.testing.assert_allclose(pooled, gap_ijk.mean(axis=(1, 2)), rtol=1e-9, atol=1e-300)
-    np.testing.assert_allclose(
-        weighted_over_annotators(over_prompts, np.full(j, weight)), pooled, rtol=1e-9, atol=1e-300
-    )
-
-
-@pytest.mark.parametrize("weights", [[0, 0], [1, -0.5], [np.nan, 1]])
-def test_weights_that_are_negative_or_all_zero_are_refused(weights: list[float]) -> None:
-    with pytest.raises(InputError, match="not all zero"):
-        weighted_over_annotators([[0.1, 0.3]], weights)
-    with pytest.raises(InputError, match="not all zero"):
-        weighted_over_prompts([[[0.1, 0.3]]], weights)
-
-
-def test_the_additive_fit_finds_offsets_that_were_planted() -> None:
-    g, b, d = np.array([0.3, 0.5, 0.7]), np.array([0.1, -0.1]), np.array([0.05, 0.0, -0.05])
-    fit = additive_fit(g[:, None, None] + b[:, None] + d, ridge=0.0)
-    for found, planted in zip(fit, (g, b, d), strict=True):
-        np.testing.assert_allclose(found, planted, atol=1e-12)
-
-
-@given(gaps_ijk, st.floats(0.01, 10))
-def test_the_additive_fit_is_the_ridge_solution_of_least_squares(gap_ijk: Any, ridge: float) -> None:
-    """The penalty alone makes the offsets sum to zero, so no constraint is given to the solver."""
-    n, j, k = gap_ijk.shape
-    cells = np.array(list(np.ndindex(n, j, k)))
-    design = np.hstack([np.eye(size)[cells[:, axis]] for axis, size in enumerate((n, j, k))])
-    penalty = np.sqrt(ridge) * np.eye(n + j + k)[n:]
-    targets = np.concatenate([gap_ijk.ravel(), np.zeros(j + k)])
-    solution, *_ = np.linalg.lstsq(np.vstack([design, penalty]), targets, rcond=None)
-    np.testing.assert_allclose(np.concatenate(additive_fit(gap_ijk, ridge)), solution, atol=1e-8)
-
-
-def test_the_gaps_of_an_additive_fit_stay_in_the_unit_interval() -> None:
-    g, b, d = additive_fit([[[1.2]], [[-0.4]]])
-    assert (g.tolist(), b.tolist(), d.tolist()) == ([1.0, 0.0], [0.0], [0.0])

@@ -20,8 +20,9 @@ LAYERS = {
     2: ("settings", "prompts", "process", "pairs", "calls", "llm", "providers", "runs"),
     3: ("annotate",),
     4: ("gaps", "schedule"),
-    5: ("stages", "verify", "train", "report"),
-    6: ("cli",),
+    5: ("stages", "evidence", "verify", "train"),
+    6: ("audit", "distill", "report", "publish", "compare"),
+    7: ("cli",),
 }
 """Rooms by layer; a room is a module or package directly below sp2dpo, and imports only from its own layer or below."""
 
@@ -32,6 +33,8 @@ EXCEPTIONS = {
 HEAVY = {
     **{name: {"loss", "train"} for name in ("torch", "trl", "transformers", "datasets", "peft", "accelerate")},
     "matplotlib": {"report"},
+    "sklearn": {"audit", "distill"},
+    "krippendorff": {"audit"},
     "ray": {"annotate.on_ray", "annotate.ray_nodes"},
 }
 """Libraries that take seconds to load, or are not always there, and the only places that may know them."""

@@ -17,12 +17,12 @@ import pytest
 from report_runs import HOSTILE, by_number, judged, make_run, pair, put_margins
 from sp2dpo.calls import Call, open_calls, open_ledger
 from sp2dpo.errors import RunDirError
+from sp2dpo.evidence import read_evidence
 from sp2dpo.hashing import sha256_file
 from sp2dpo.report.account import Part, Sum, accounts
 from sp2dpo.report.agreement import between_prompts, correlation
 from sp2dpo.report.build import build_report
 from sp2dpo.report.cards import LONGEST, card, visible
-from sp2dpo.report.data import read_evidence
 from sp2dpo.report.marks import auc, read_marks
 from sp2dpo.report.provenance import settings_of
 from sp2dpo.report.sections import category_rows, extremes, most_disagreed, reversed_section

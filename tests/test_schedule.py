@@ -81,6 +81,8 @@ def test_diagnostics_follow_and_the_column_that_training_reads_is_last() -> None
         "annotator_std",
         "annotator_mad",
         "category",
+        "valid_calls",
+        "effective_gap",
         "beta",
     ]
 
@@ -90,7 +92,7 @@ def test_every_panel_has_the_columns_of_its_own_size(j: int, k: int) -> None:
     panel = [f"a{n}" for n in range(j)], [f"v{n}" for n in range(k)]
     table = scheduled(pairs_of(["p"]), gaps_of(["p"], *panel), panel)
     assert table.column_names == list(columns_of(*panel))
-    assert table.num_columns == 3 + 5 * j * k + 4 * j + k + 1 + 1 + (j + 4)
+    assert table.num_columns == 3 + 5 * j * k + 4 * j + k + 1 + 1 + (j + 6)
     assert table["prompt_variant_count"].to_pylist() == [k]
 
 

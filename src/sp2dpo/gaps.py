@@ -6,6 +6,7 @@ Every gap is read again from the raw text of the answer; what the log says was r
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 from itertools import islice
 from typing import Final
 
@@ -47,7 +48,13 @@ def gaps_table(answers: Iterable[Call]) -> pa.Table:
 
 def read_answer(call: Call) -> Parsed:
     """What the text of a call says, by the kind of its annotator."""
-    return parse_decision(call.raw_text) if call.kind == "decisions" else parse_reply(call.raw_text)
+    return _read(call.kind, call.raw_text)
+
+
+@lru_cache(maxsize=2**16)
+def _read(kind: str, raw_text: str | None) -> Parsed:
+    """Parsed once for all the calls that say the same, which most do: numbers have two decimals as a rule."""
+    return parse_decision(raw_text) if kind == "decisions" else parse_reply(raw_text)
 
 
 def _row(call: Call) -> dict[str, str | float]:

@@ -34,9 +34,11 @@ __all__ = [
     "SECTIONS",
     "SET_BY_RUN",
     "Annotator",
+    "Damping",
     "DataSettings",
     "Decoding",
     "Endpoint",
+    "Envelope",
     "Evaluate",
     "Panel",
     "Price",
@@ -258,20 +260,79 @@ def names_of(panel: Panel) -> list[str]:
     return [annotator.name for annotator in panel.annotators]
 
 
+def _ordered(bounds: Any) -> Any:
+    if bounds.beta_max < bounds.beta_min:
+        raise ValueError(f"beta_max {bounds.beta_max} is below beta_min {bounds.beta_min}")
+    return bounds
+
+
+class Envelope(_Settings):
+    """Bounds of β for the pairs of a category; J.5."""
+
+    beta_min: Number = Field(gt=0, description="β of a gap of 0")
+    beta_max: Number = Field(description="β of a gap of 1")
+
+    _bounds = model_validator(mode="after")(_ordered)
+
+
+class Damping(_Settings):
+    """Less of a gap where the prompts disagree about it; eq. 39."""
+
+    form: Literal["exponential", "rational"] = Field("exponential", description="exp(−λu) or 1/(1 + λu); eq. 40")
+    strength: Number = Field(ge=0, description="λ of eq. 40, per unit of prompt disagreement")
+
+
+Weights = Annotated[dict[Name, Annotated[Number, Field(ge=0)]], Field(min_length=1)]
+
+
 class Schedule(_Settings):
-    """How judgements become β."""
+    """How judgements become β; the defaults are the paper's."""
 
     method: Literal["sp2dpo"] = Field("sp2dpo", description="how β is made")
-    over_prompts: Literal["median"] = Field("median", description="eq. 16")
-    over_annotators: Literal["mean"] = Field("mean", description="eq. 17")
+    debias: Number | None = Field(
+        None, ge=0, description="take out additive offsets of annotators and prompts first, with this ridge; eq. 44"
+    )
+    over_prompts: Literal["median", "mean"] = Field("median", description="eq. 16, or 41 with prompt_weights")
+    prompt_weights: Weights | None = Field(None, description="a weight for each variant, for the mean; γ of eq. 41")
+    damping: Damping | None = Field(None, description="of gaps on which the prompts disagree; eq. 39")
+    over_annotators: Literal["mean", "median", "trimmed_mean", "huber"] = Field(
+        "mean", description="eq. 17, or 42 with annotator_weights; C.5.3"
+    )
+    annotator_weights: Weights | None = Field(
+        None, description="a weight for each annotator, for the mean; α of eq. 42"
+    )
+    over_calls: Literal["mean", "median", "trimmed_mean", "huber"] | None = Field(
+        None, description="in place of over_prompts and over_annotators, all calls of a pair at once; eq. 43"
+    )
+    trim: Number = Field(0.2, ge=0, lt=0.5, description="part that a trimmed mean leaves out at each end")
+    huber_delta: Number = Field(0.1, gt=0, description="how far from the centre a gap pulls in full")
+    min_calls: Whole | None = Field(
+        None, ge=1, description="a pair with fewer valid answers is excluded; null: it needs all of them"
+    )
     beta_min: Number = Field(BETA_MIN, gt=0, description="β of a gap of 0")
     beta_max: Number = Field(BETA_MAX, description="β of a gap of 1")
+    envelopes: dict[Literal["Safety", "Factuality", "Instruction", "Reasoning", "Helpfulness", "Style"], Envelope] = (
+        Field({}, description="other bounds for the pairs of a category; J.5")
+    )
     random_seed: Whole = Field(42, description="of the Rand-β control")
 
+    _bounds = model_validator(mode="after")(_ordered)
+
     @model_validator(mode="after")
-    def _envelope_is_ordered(self) -> Schedule:
-        if self.beta_max < self.beta_min:
-            raise ValueError(f"beta_max {self.beta_max} is below beta_min {self.beta_min}")
+    def _operators_fit(self) -> Schedule:
+        both = self.over_calls is not None
+        if both and self.damping:
+            raise ValueError("damping acts on the gap of an annotator, and over_calls makes none; give one of them")
+        if (
+            both
+            and {"over_prompts", "over_annotators"} & self.model_fields_set
+            and ((self.over_prompts, self.over_annotators) != ("median", "mean"))
+        ):
+            raise ValueError("over_calls stands in place of over_prompts and over_annotators; give it, or them")
+        for weights, over in (("prompt_weights", "over_prompts"), ("annotator_weights", "over_annotators")):
+            operator = "over_calls" if both else over
+            if getattr(self, weights) is not None and getattr(self, operator) != "mean":
+                raise ValueError(f"{weights} are those of a mean, and {operator} is {getattr(self, operator)}")
         return self
 
 
@@ -338,6 +399,23 @@ class ProcessFile(_Settings):
     report: Report = Field(Report(), description="what the report shows beyond the run")
 
     @model_validator(mode="after")
+    def _weights_name_the_panel(self) -> ProcessFile:
+        known = {"prompt_weights": list(self.panel.variants), "annotator_weights": names_of(self.panel)}
+        for key, names in known.items():
+            weights = getattr(self.schedule, key)
+            if weights is None:
+                continue
+            if set(weights) != set(names) or not any(weights.values()):
+                raise ValueError(
+                    f"schedule.{key} needs one weight for each of {', '.join(names)}, not all of them zero; "
+                    f"it has {', '.join(f'{name}: {weight:g}' for name, weight in weights.items())}"
+                )
+        calls = len(self.panel.variants) * len(self.panel.annotators)
+        if self.schedule.min_calls is not None and self.schedule.min_calls > calls:
+            raise ValueError(f"schedule.min_calls is {self.schedule.min_calls}, and a pair has {calls} calls")
+        return self
+
+    @model_validator(mode="after")
     def _judge_is_no_annotator(self) -> ProcessFile:
         judge = self.evaluate.judge
         for annotator in self.panel.annotators:
@@ -371,5 +449,18 @@ def train_keys(owner: Literal["dpo", "lora"]) -> dict[str, str]:
     return keys[owner]
 
 
-SECTIONS: Final = (DataSettings, Price, Annotator, Endpoint, Decoding, Panel, Schedule, Student, Evaluate, Report)
+SECTIONS: Final = (
+    DataSettings,
+    Price,
+    Annotator,
+    Endpoint,
+    Decoding,
+    Panel,
+    Envelope,
+    Damping,
+    Schedule,
+    Student,
+    Evaluate,
+    Report,
+)
 """Every model below the top level that has fixed keys."""

@@ -12,10 +12,10 @@ from typing import Any
 
 import pyarrow as pa
 
+from sp2dpo.evidence import Evidence
 from sp2dpo.llm import FAILURES
 from sp2dpo.pairs.filters import REASONS
 from sp2dpo.reply import INVALID
-from sp2dpo.report.data import Evidence
 from sp2dpo.report.tally import Tally
 from sp2dpo.schedule import EXCLUDED_SCHEMA, EXCLUSIONS
 from sp2dpo.stages import read_excluded

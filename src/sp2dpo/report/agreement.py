@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sp2dpo.report.data import Array, Evidence
+from sp2dpo.evidence import Array, Evidence
 
 __all__ = ["Agreement", "between_annotators", "between_prompts", "correlation"]
 

@@ -13,12 +13,12 @@ from typing import Any
 import jinja2
 
 from sp2dpo.calls import open_calls
+from sp2dpo.evidence import Evidence, read_evidence
 from sp2dpo.hashing import sha256_file
 from sp2dpo.report import charts, sections
 from sp2dpo.report.account import accounts, notes_of_pairs
 from sp2dpo.report.agreement import between_annotators, between_prompts
 from sp2dpo.report.cards import LONGEST, visible
-from sp2dpo.report.data import Evidence, read_evidence
 from sp2dpo.report.figures import LINES
 from sp2dpo.report.marks import read_marks
 from sp2dpo.report.money import money_rows

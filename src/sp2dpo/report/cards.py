@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from sp2dpo.report.data import Evidence
+from sp2dpo.evidence import Evidence
 
 __all__ = ["LONGEST", "Card", "Judgement", "Message", "card", "visible"]
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
+from sp2dpo.evidence import Array, Evidence, median
 from sp2dpo.report import figures
 from sp2dpo.report.agreement import Agreement
-from sp2dpo.report.data import Array, Evidence, median
 from sp2dpo.report.marks import Marks
 from sp2dpo.report.sections import training_groups
 from sp2dpo.report.training import Course, curve, step_edges

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from sp2dpo.report.data import Array
+from sp2dpo.evidence import Array
 
 __all__ = ["LINES", "curves", "groups", "histogram", "sample", "scatter"]
 

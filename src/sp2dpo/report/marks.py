@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from sp2dpo.report.data import Array, Evidence
+from sp2dpo.evidence import Array, Evidence
 
 __all__ = ["Marks", "auc", "read_marks"]
 

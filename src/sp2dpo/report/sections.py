@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from sp2dpo.evidence import Evidence, mean, median
 from sp2dpo.report.cards import Card, card
-from sp2dpo.report.data import Evidence, mean, median
 from sp2dpo.report.marks import Marks, auc
 from sp2dpo.report.training import Course, Ended, ends
 from sp2dpo.rubric import CATEGORIES

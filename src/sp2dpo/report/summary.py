@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from sp2dpo.report.data import Evidence
+from sp2dpo.evidence import Evidence
 from sp2dpo.report.marks import Marks
 from sp2dpo.report.sections import CategoryRow, Reversed
 from sp2dpo.report.tally import Tally

@@ -10,7 +10,7 @@ from itertools import chain
 
 from sp2dpo.annotate.teacher import same_model
 from sp2dpo.calls import Call, CallLog
-from sp2dpo.report.data import Evidence
+from sp2dpo.evidence import Evidence
 from sp2dpo.settings import Annotator
 
 __all__ = ["Served", "Spent", "Tally", "spend", "tally_calls"]

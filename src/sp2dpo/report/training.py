@@ -12,8 +12,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from sp2dpo.evidence import Array
 from sp2dpo.hashing import sha256_file
-from sp2dpo.report.data import Array
 from sp2dpo.runs import Run
 from sp2dpo.tables import read_manifest, read_table
 

@@ -1,6 +1,7 @@
-"""A run directory as arrays: what the report is made from. Knows nothing of HTML or charts.
+"""A run directory as arrays: what the report and the audit are made from. Reads only; knows nothing of HTML or charts.
 
-Index letters: i pairs of the schedule, j annotators, k prompt variants.
+Index letters: i pairs of the schedule, j annotators, k prompt variants. A call without a valid answer (which only
+`min_calls` lets into the schedule) is NaN, None in `category_ijk`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Evidence:
-    """The schedule and the judgements behind it; `at_i` is the row of each scheduled pair in `pairs`."""
+    """The schedule and the judgements behind it; `at_i` is the row of each scheduled pair in `pairs`.
+
+    `gap_i` is the effective gap of the pair, which β is made from; `gap_ij` that of an annotator over its prompts.
+    """
 
     run: Run
     annotators: tuple[str, ...]
@@ -35,6 +39,7 @@ class Evidence:
     schedule: pa.Table
     at_i: NDArray[np.int64]
     beta_i: Array
+    gap_i: Array
     category_i: NDArray[np.object_]
     category_ijk: NDArray[np.object_]
     magnitude_ijk: Array
@@ -57,15 +62,10 @@ class Evidence:
         return ids
 
     @property
-    def gap_i(self) -> Array:
-        """Mean over annotators of the median gap: what β is made from, by eq. 16 and 17."""
-        gap: Array = self.gap_ij.mean(axis=1)
-        return gap
-
-    @property
     def spread_i(self) -> Array:
         """Highest less lowest effective gap of all judgements of a pair."""
-        spread: Array = np.ptp(self.gap_ijk.reshape(self.n, -1), axis=1)
+        gaps = self.gap_ijk.reshape(self.n, -1)
+        spread: Array = np.nanmax(gaps, axis=1) - np.nanmin(gaps, axis=1)
         return spread
 
 
@@ -93,6 +93,7 @@ def read_evidence(run: Run) -> Evidence:
         schedule=schedule,
         at_i=_rows_of(pairs, schedule),
         beta_i=_column(schedule, "beta"),
+        gap_i=_column(schedule, "effective_gap"),
         category_i=_column(schedule, "category"),
         category_ijk=cell["category"],
         magnitude_ijk=cell["magnitude"],
@@ -134,10 +135,10 @@ def _keys(table: pa.Table) -> tuple[list[Any], list[Any]]:
 
 
 def mean(values: Array) -> float | None:
-    """The mean, or None of nothing."""
-    return float(np.mean(values)) if len(values) else None
+    """The mean of the numbers that are there, or None of nothing."""
+    return float(np.nanmean(values)) if np.isfinite(values).any() else None
 
 
 def median(values: Array) -> float | None:
-    """The median, or None of nothing."""
-    return float(np.median(values)) if len(values) else None
+    """The median of the numbers that are there, or None of nothing."""
+    return float(np.nanmedian(values)) if np.isfinite(values).any() else None
