@@ -15,6 +15,7 @@ import yaml
 from sp2dpo.annotate.run import annotate
 from sp2dpo.errors import MissingExtra, ProcessError, ScheduleError
 from sp2dpo.process import load_process
+from sp2dpo.rubric import CATEGORIES
 from sp2dpo.runs import Run, open_run
 from sp2dpo.schedule import EXCLUDED_SCHEMA
 from sp2dpo.settings import Train
@@ -36,14 +37,14 @@ TRAIN = {
 }
 
 
-def make_run(folder: Path, train: dict[str, Any] | None = None, n: int = 8) -> Run:
+def make_run(folder: Path, train: dict[str, Any] | None = None, n: int = 8, **keys: Any) -> Run:
     """A run of the quickstart's first pairs up to its schedule."""
     lines = (EXAMPLE / "pairs.jsonl").read_text(encoding="utf-8").splitlines()[:n]
     folder.mkdir(exist_ok=True)
     (folder / "pairs.jsonl").write_text("\n".join(lines), encoding="utf-8")
     (folder / "answers.jsonl").write_bytes((EXAMPLE / "answers.jsonl").read_bytes())
     process = yaml.safe_load((EXAMPLE / "process.yaml").read_text(encoding="utf-8"))
-    process |= {"train": TRAIN | (train or {}), "student": {"model": "student"}}
+    process |= {"train": TRAIN | (train or {}), "student": {"model": "student"}, **keys}
     texts = [json.loads(line) for line in lines]
     make_toy(folder / "student", [row["prompt"] + row["chosen"] for row in texts], steps=1)
     (folder / "process.yaml").write_text(yaml.safe_dump(process), encoding="utf-8")
@@ -118,6 +119,15 @@ def test_lora_leaves_an_adapter(tmp_path: Path) -> None:
     train_run(run)
     config = json.loads((run.training("sp2dpo") / "adapter_config.json").read_text(encoding="utf-8"))
     assert (config["r"], config["lora_alpha"]) == (4, 8)
+
+
+def test_a_category_with_bounds_of_its_own_trains_by_them(tmp_path: Path) -> None:
+    wide = {name: {"beta_min": 0.35, "beta_max": 0.5} for name in CATEGORIES}
+    run = make_run(tmp_path, {"methods": ["sp2dpo"]}, n=4, schedule={"envelopes": wide})
+    train_run(run)
+    assert (run.training("sp2dpo") / "model.safetensors").is_file()
+    beta = pq.read_table(run.schedule)["beta"].to_numpy()
+    assert beta.min() >= 0.35
 
 
 def test_a_schedule_that_was_edited_is_refused(tmp_path: Path) -> None:

@@ -78,11 +78,11 @@ def read_evidence(run: Run) -> Evidence:
     """
     panel = run.process.settings.panel
     annotators, variants = tuple(a.name for a in panel.annotators), panel.variants
-    pairs, schedule = read_pairs(run.pairs, "sp2dpo annotate PROCESS.yaml"), read_schedule(run)
+    pairs, schedule = read_pairs(run.pairs, run.command("annotate")), read_schedule(run)
     missing = [name for name in columns_of(annotators, variants) if name not in schedule.column_names]
     if missing:
         wrong = f"{run.schedule} has no column {', '.join(missing)}"
-        raise ScheduleError(f"{wrong}; make it with: sp2dpo schedule PROCESS.yaml")
+        raise ScheduleError(f"{wrong}; make it with: {run.command('schedule')}")
     metrics = ("category", "magnitude", "confidence", "effective_gap")
     cell = {metric: _cells(schedule, metric, annotators, variants) for metric in metrics}
     return Evidence(
@@ -91,7 +91,7 @@ def read_evidence(run: Run) -> Evidence:
         variants=variants,
         pairs=pairs,
         schedule=schedule,
-        at_i=_rows_of(pairs, schedule),
+        at_i=_rows_of(run, pairs, schedule),
         beta_i=_column(schedule, "beta"),
         gap_i=_column(schedule, "effective_gap"),
         category_i=_column(schedule, "category"),
@@ -119,14 +119,14 @@ def _cells(schedule: pa.Table, metric: str, annotators: Sequence[str], variants:
     return np.stack([np.stack([_column(schedule, f"{metric}_{a}_{v}") for v in variants], 1) for a in annotators], 1)
 
 
-def _rows_of(pairs: pa.Table, schedule: pa.Table) -> NDArray[np.int64]:
+def _rows_of(run: Run, pairs: pa.Table, schedule: pa.Table) -> NDArray[np.int64]:
     """Row in `pairs` of each row of the schedule; the prompt_id tells apart two pairs of the same text."""
     known = {key: n for n, key in enumerate(zip(*_keys(pairs), strict=True))}
     rows = [known.get(key) for key in zip(*_keys(schedule), strict=True)]
     lost = next((n for n, row in enumerate(rows) if row is None), None)
     if lost is not None:
         pair = schedule["pair_id"][lost].as_py()
-        raise ScheduleError(f"pair {pair} of the schedule is not in pairs.parquet; run: sp2dpo schedule PROCESS.yaml")
+        raise ScheduleError(f"pair {pair} of the schedule is not in pairs.parquet; run: {run.command('schedule')}")
     return np.array(rows, np.int64)
 
 

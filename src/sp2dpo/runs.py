@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from sp2dpo.process import Process, process_of
 from sp2dpo.prompts import write_pack
 from sp2dpo.tables import write_atomic
 
-__all__ = ["Run", "open_run", "read_run"]
+__all__ = ["Run", "differences", "dump", "open_run", "read_run"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ class Run:
     def report(self) -> Path:
         return self.path / "report.html"
 
+    def command(self, verb: str) -> str:
+        """The command line that runs a stage in this directory, for messages."""
+        return f"sp2dpo {verb} PROCESS.yaml --run-dir {shlex.quote(str(self.path))}"
+
     def training(self, method: str) -> Path:
         return self.path / "train" / method
 
@@ -72,11 +77,12 @@ def open_run(process: Process, path: Path | None = None) -> Run:
     else:
         path.mkdir(parents=True, exist_ok=True)
         write_pack(process.pack, path / "prompts")
-        write_atomic(path / "process.yaml", lambda partial: partial.write_text(_dump(process), encoding="utf-8"))
+        write_atomic(path / "process.yaml", lambda partial: partial.write_text(dump(process), encoding="utf-8"))
     return Run(path, process)
 
 
-def _dump(process: Process) -> str:
+def dump(process: Process) -> str:
+    """The text of `process.yaml` in a run directory."""
     head = "# The process (λ) as resolved. Written by sp2dpo; a change here is found by `sp2dpo verify`.\n"
     return head + yaml.safe_dump(
         {**process.resolved, "lambda": process.lambda_hash},
@@ -90,7 +96,7 @@ def _check_same(process: Process, path: Path) -> None:
     other = process_of(path)
     if other.lambda_hash == process.lambda_hash:
         return
-    keys = sorted(dict(_differences(other.resolved, process.resolved)))
+    keys = sorted(differences(other.resolved, process.resolved))
     raise RunDirError(
         f"{path} was made with another process (λ {other.lambda_hash[:12]}, not {process.lambda_hash[:12]}); "
         f"different: {', '.join(keys)}. Choose another --run-dir; answers to questions that did not change are taken "
@@ -98,9 +104,10 @@ def _check_same(process: Process, path: Path) -> None:
     )
 
 
-def _differences(one: Any, other: Any, key: str = "") -> Iterator[tuple[str, None]]:
+def differences(one: Any, other: Any, key: str = "") -> Iterator[str]:
+    """Keys, with dots between levels, at which two resolved processes differ."""
     if isinstance(one, dict) and isinstance(other, dict):
         for name in one.keys() | other.keys():
-            yield from _differences(one.get(name), other.get(name), f"{key}.{name}".lstrip("."))
+            yield from differences(one.get(name), other.get(name), f"{key}.{name}".lstrip("."))
     elif json.dumps(one, sort_keys=True) != json.dumps(other, sort_keys=True):
-        yield key, None
+        yield key

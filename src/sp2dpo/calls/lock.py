@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import filelock
@@ -18,7 +18,7 @@ __all__ = ["locked"]
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold `<path>.lock`, which names the process that holds it.
+    """Hold `<path>.lock`, which names the process that holds it, and is empty after a clean end.
 
     Raises:
         RunDirError: another process holds it.
@@ -41,6 +41,8 @@ def locked(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        with suppress(OSError):
+            file.write_text("", encoding="utf-8")
         lock.release()
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
-from sp2dpo.calls.rows import COLUMNS, VALID, BatchEvent, Call, Cell, CellState, Count, Usage, line_of
+from sp2dpo.calls.rows import COLUMNS, VALID, Asked, Attempts, BatchEvent, Call, Cell, CellState, Count, Usage, line_of
 from sp2dpo.errors import RunDirError
 
 __all__ = ["CallLog"]
@@ -36,7 +37,7 @@ class CallLog:
     def _rows(self, sql: str, values: Sequence[Any] = ()) -> Iterator[Any]:
         try:
             yield from self._db.execute(sql, values)
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             raise RunDirError(f"{self._path} cannot be read: {error}") from error
 
     def __iter__(self) -> Iterator[Call]:
@@ -65,6 +66,27 @@ class CallLog:
                 stretch = sha256(head.encode())
         return stretch.hexdigest() if open_rows or not head else head
 
+    @property
+    def linked(self) -> bool:
+        """Whether every row should have a link of the chain; those of a version 1 file have one together."""
+        first: tuple[str | None] = next(self._rows("SELECT chain FROM calls ORDER BY id LIMIT 1"), ("",))
+        return first[0] is not None
+
+    def last_id(self) -> int:
+        """The number of the last row; they count from 1."""
+        return int(next(self._rows("SELECT ifnull(max(id), 0) FROM calls"))[0])
+
+    def stretch(self, first: int, last: int) -> Generator[tuple[int, str | None, tuple[Any, ...]]]:
+        """Number, link of the chain and columns of the rows with these numbers, as they are in the file."""
+        sql = f"SELECT id, chain, {_NAMES} FROM calls WHERE id BETWEEN ? AND ? ORDER BY id"
+        return ((number, chain, tuple(row)) for number, chain, *row in self._rows(sql, (first, last)))
+
+    def link_before(self, first: int) -> str:
+        """The link of the chain that the row with this number is bound to."""
+        sql = "SELECT chain FROM calls WHERE id < ? ORDER BY id DESC LIMIT 1"
+        before: tuple[str | None] = next(self._rows(sql, (first,)), ("",))
+        return before[0] or ""
+
     def answers(self, pair_ids: Sequence[str] | None = None) -> Iterator[Call]:
         """The first valid answer of each question, in the order of the questions; of all pairs, or of a few."""
         chosen, values = "", tuple(pair_ids or ())
@@ -75,6 +97,11 @@ class CallLog:
             f"AND NOT EXISTS ({_OF_SAME_CELL}{_IS_VALID} AND other.id < calls.id) ORDER BY {_CELL}"
         )
         return (Call(*row) for row in self._rows(sql, values))
+
+    def valid(self, columns: Sequence[str], at_once: int = 10_000) -> Iterator[list[tuple[Any, ...]]]:
+        """Some columns of every valid answer, also of a second one to a question; in the order of the log."""
+        rows = self._rows(f"SELECT {', '.join(columns)} FROM calls WHERE {_IS_VALID} ORDER BY id")
+        return iter(lambda: list(islice(rows, at_once)), [])
 
     def failures(self) -> Iterator[Call]:
         """The last attempt at each question that has no valid answer, in the order of the questions."""
@@ -113,6 +140,27 @@ class CallLog:
             "FROM calls GROUP BY 1, 2, 3 ORDER BY 1, 2, 3"
         )
         return [Count(*row) for row in self._rows(sql)]
+
+    def attempts(self) -> list[Attempts]:
+        """Attempts by annotator, variant, model and outcome."""
+        sql = (
+            "SELECT annotator, variant, kind, origin, requested_model, served_model, outcome, count(*), "
+            "min(started_at), max(started_at) FROM calls GROUP BY 1, 2, 3, 4, 5, 6, 7 ORDER BY 1, 2, 3, 4, 5, 6, 7"
+        )
+        return [Attempts(*row) for row in self._rows(sql)]
+
+    def asked(self) -> list[Asked]:
+        """Attempts by the settings that they were asked for and sent with."""
+        names = "annotator, params_requested, params_sent, params_ignored"
+        first = f"SELECT {names} FROM calls WHERE id IN (SELECT min(id) FROM calls GROUP BY annotator)"
+        usual: list[tuple[str, str, str, str]] = sorted(self._rows(first))
+        is_one = " AND ".join(f"{name} IS ?" for name in names.split(", "))
+        sums = ", ".join(["count(*)", *[f"ifnull(sum({is_one}), 0)" for _ in usual]])
+        attempts, *counts = next(self._rows(f"SELECT {sums} FROM calls", [text for row in usual for text in row]))
+        if sum(counts) == attempts:
+            return [Asked(*row, count) for row, count in zip(usual, counts, strict=True)]
+        grouped = f"SELECT {names}, count(*) FROM calls GROUP BY {names} ORDER BY {names}"  # sorts all that text
+        return [Asked(*row) for row in self._rows(grouped)]
 
     def spent(self, annotators: Sequence[str]) -> float:
         """USD of the live calls of these annotators; at its bound where a cost is unknown."""

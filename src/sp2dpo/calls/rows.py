@@ -13,7 +13,20 @@ from typing import Any, Final
 
 from sp2dpo.hashing import canonical_json
 
-__all__ = ["COLUMNS", "VALID", "BatchEvent", "Call", "Cell", "CellState", "Count", "Usage", "line_of", "row_of"]
+__all__ = [
+    "COLUMNS",
+    "VALID",
+    "Asked",
+    "Attempts",
+    "BatchEvent",
+    "Call",
+    "Cell",
+    "CellState",
+    "Count",
+    "Usage",
+    "line_of",
+    "row_of",
+]
 
 Cell = tuple[str, str, str]
 """(pair_id, annotator, variant): one question of the panel."""
@@ -27,8 +40,9 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 class Call:
     """One attempt at one question.
 
-    `outcome` is `ok`, `repaired` or a kind of failure; `origin` is `live`, `recorded`, `reused` or `imported`; `kind`
-    is that of the annotator; `transport` is `sync`, `batch`, `ray` or `import`, and None where nothing was sent.
+    `outcome` is `ok`, `repaired` or a kind of failure; `origin` is `live`, `recorded`, `reused`, `imported` or
+    `predicted`; `kind` is that of the annotator; `transport` is `sync`, `batch`, `ray` or `import`, and None where
+    nothing was sent.
     `cost_bound_usd` is the most that it can have cost where `cost_usd` is unknown and it may have been billed.
     """
 
@@ -111,6 +125,33 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     reasoning_tokens: int
+
+
+@dataclass(frozen=True)
+class Attempts:
+    """So many attempts that are alike, and when the first and the last of them began."""
+
+    annotator: str
+    variant: str
+    kind: str
+    origin: str
+    requested_model: str
+    served_model: str | None
+    outcome: str
+    attempts: int
+    first: str
+    last: str
+
+
+@dataclass(frozen=True)
+class Asked:
+    """So many attempts with the same settings, as JSON."""
+
+    annotator: str
+    params_requested: str
+    params_sent: str
+    params_ignored: str
+    attempts: int
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def train_run(run: Run, *, limit: int | None = None) -> list[Trained]:
     settings = run.process.settings
     if settings.train is None or settings.student is None:
         raise ProcessError("this process has no 'student' and 'train'; add them, or stop at the schedule")
-    pairs, schedule = read_pairs(run.pairs, "sp2dpo annotate PROCESS.yaml"), _trusted_schedule(run)
+    pairs, schedule = read_pairs(run.pairs, run.command("annotate")), _trusted_schedule(run)
     check_cover(pairs, schedule, read_excluded(run))
     tables = {method: _table(run, pairs, schedule, method).slice(0, limit) for method in settings.train.methods}
     args = _arguments(settings.train)
@@ -90,9 +90,9 @@ def _trusted_schedule(run: Run) -> pa.Table:
 
 
 def _table(run: Run, pairs: pa.Table, schedule: pa.Table, method: str) -> pa.Table:
-    bounds = run.process.settings.schedule
+    low, high = run.process.settings.schedule.widest_envelope
     beta = run.process.settings.train.beta if run.process.settings.train else 0.0
-    return training_table(pairs, schedule, method, beta=beta, beta_min=bounds.beta_min, beta_max=bounds.beta_max)
+    return training_table(pairs, schedule, method, beta=beta, beta_min=low, beta_max=high)
 
 
 def _arguments(train: Train) -> dict[str, dict[str, Any]]:
@@ -113,6 +113,8 @@ def _student_folder(run: Run, pairs: pa.Table) -> str:
     folder, partial = run.path / "student", run.path / "student.partial"
     if not folder.is_dir():
         make_toy(partial, [row["prompt"] + row[side] for row in pairs.to_pylist() for side in ("chosen", "rejected")])
+        inputs = {run.pairs.name: sha256_file(run.pairs)}
+        write_manifest(partial / "toy", files=_hashes(partial), inputs=inputs, lambda_hash=run.process.lambda_hash)
         partial.rename(folder)
     return str(folder)
 
@@ -175,16 +177,21 @@ def _trainer(
     )
 
 
+def _hashes(folder: Path) -> dict[str, str]:
+    """Of every file below a folder, those of checkpoints too."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.endswith(".manifest.json")]
+    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
+
+
 def _keep(
     run: Run, trainer: PairwiseDPOTrainer, folder: Path, metrics: dict[str, float], inputs: dict[str, str]
 ) -> None:
     write_table(folder / "margins.parquet", margins_table(trainer.margins))
     text = json.dumps(metrics, indent=1)
     write_atomic(folder / "metrics.json", lambda partial: partial.write_text(text, encoding="utf-8"))
-    kept = [p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.endswith(".manifest.json")]
     write_manifest(
         folder / "metrics.json",
-        files={path.name: sha256_file(path) for path in kept},
+        files=_hashes(folder),
         inputs=inputs,
         lambda_hash=run.process.lambda_hash,
     )
