@@ -21,6 +21,7 @@ from sp2dpo.errors import ProcessError, nearest
 from sp2dpo.hashing import sha256_json, sha256_path
 from sp2dpo.pairs.formats import is_readable
 from sp2dpo.pairs.hub import is_hub_id
+from sp2dpo.predictor import load_predictor
 from sp2dpo.prompts import PromptPack, load_pack
 from sp2dpo.providers import params_sent, preset_annotators, profile_of
 from sp2dpo.settings import SECTIONS, Annotator, DataSettings, Panel, ProcessFile, Student
@@ -139,6 +140,12 @@ def _explain(problem: dict[str, Any]) -> str:
     if problem["type"] == "value_error":
         message = str(problem["ctx"]["error"])
         return f"{key}: {message}" if key else message
+    if problem["type"] == "model_type":
+        return f"{key}: it takes the keys {', '.join(_fields_at(problem['loc']))}{_shown(problem)}"
+    if problem["loc"][-1] == "[key]":
+        *table, name, _ = problem["loc"]
+        known = re.findall(r"'(\w+)'", problem["ctx"]["expected"])
+        return f"unknown name '{name}' in {'.'.join(table)}{nearest(str(name), known)}; known here: {', '.join(known)}"
     return f"{key}: {problem['msg']}{_shown(problem)}"
 
 
@@ -170,8 +177,11 @@ def _pin(settings: ProcessFile, base: Path) -> Process:
         "calls": {
             a.name: _pin_file(base / a.calls, f"calls of annotator '{a.name}'") for a in panel.annotators if a.calls
         },
-        "sent": {a.name: _pin_sent(a, panel, pack) for a in panel.annotators if a.kind != "recorded"},
+        "sent": {a.name: _pin_sent(a, panel, pack) for a in panel.asked},
     }
+    predictors = {a.name: _pin_predictor(base / a.model, a.name) for a in panel.annotators if a.kind == "distilled"}
+    if predictors:
+        pins["predictors"] = predictors
     if settings.student:
         pins["student"] = _pin_student(settings.student, base)
     resolved = json.loads(settings.model_dump_json()) | {"pins": pins}
@@ -217,6 +227,14 @@ def _pin_file(path: Path, what: str) -> str:
     if not path.exists():
         raise ProcessError(f"{what}: {path} does not exist (paths are relative to the process file)")
     return sha256_path(path)
+
+
+def _pin_predictor(folder: Path, name: str) -> str:
+    """The hash of `model.json`, which has that of the weights; a broken one is found before a run begins."""
+    try:
+        return load_predictor(folder).sha256
+    except ProcessError as error:
+        raise ProcessError(f"model of annotator '{name}': {error}") from error
 
 
 def _pin_student(student: Student, base: Path) -> str:

@@ -159,14 +159,20 @@ ASKED: Final = ("model", "messages", "stream", "n", "input", "state", "questions
 
 
 class Annotator(_Settings):
-    """A teacher: asked for JSON (`chat_json`, the paper's), for typed decisions, or its answers are already there."""
+    """A teacher: asked for JSON (`chat_json`, the paper's) or for typed decisions, or one that needs no asking: answers
+    that are already there, or a predictor that `sp2dpo distill` made."""
 
     name: Name = Field(description="part of column names")
-    kind: Literal["chat_json", "decisions", "recorded"] = Field(
-        "chat_json", description="asked for JSON, asked for typed decisions, or answers that are already there"
+    kind: Literal["chat_json", "decisions", "recorded", "distilled"] = Field(
+        "chat_json",
+        description="asked for JSON, asked for typed decisions, answers that are already there, or a [predictor]"
+        "(distill.md)",
     )
-    model: str = Field(description="identifier sent to the endpoint; a dated snapshot where there is one")
-    base_url: Address | None = Field(None, description="https://…/v1; required unless recorded")
+    model: str = Field(
+        description="identifier sent to the endpoint; a dated snapshot where there is one; distilled: the folder of "
+        "the predictor"
+    )
+    base_url: Address | None = Field(None, description="https://…/v1; required of one that is asked")
     provider: Literal[
         "auto",
         "openai",
@@ -194,6 +200,11 @@ class Annotator(_Settings):
     extra: dict[str, Any] = Field({}, description="further parameters sent as they are, over those of the profile")
     calls: str | None = Field(None, description="recorded: a calls.sqlite or .jsonl of answers")
 
+    @property
+    def asked(self) -> bool:
+        """Whether a model behind an endpoint is asked; the others answer offline, and cost nothing."""
+        return self.kind not in ("recorded", "distilled")
+
     @field_validator("omit")
     @classmethod
     def _settings_to_omit(cls, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -217,11 +228,11 @@ class Annotator(_Settings):
 
     @model_validator(mode="after")
     def _keys_fit_the_kind(self) -> Annotator:
-        needs, other = ("calls", "base_url") if self.kind == "recorded" else ("base_url", "calls")
-        if getattr(self, needs) is None:
-            raise ValueError(f"annotator '{self.name}' is of kind {self.kind}, which needs the key '{needs}'")
-        if getattr(self, other) is not None:
-            raise ValueError(f"annotator '{self.name}' is of kind {self.kind}, which takes no '{other}'")
+        for key, needed in (("base_url", self.asked), ("calls", self.kind == "recorded")):
+            if needed and getattr(self, key) is None:
+                raise ValueError(f"annotator '{self.name}' is of kind {self.kind}, which needs the key '{key}'")
+            if not needed and getattr(self, key) is not None:
+                raise ValueError(f"annotator '{self.name}' is of kind {self.kind}, which takes no '{key}'")
         for name, default in (("response_format", "auto"), ("omit", ())):
             if self.kind == "decisions" and getattr(self, name) != default:
                 raise ValueError(f"annotator '{self.name}' is of kind decisions, which takes no '{name}'")
@@ -240,6 +251,11 @@ class Panel(_Settings):
     )
     annotators: tuple[Annotator, ...] = Field(min_length=1, description="the teachers")
     decoding: Decoding = Field(Decoding(), description="sampling and retries")
+
+    @property
+    def asked(self) -> list[Annotator]:
+        """The annotators that are asked over the network."""
+        return [annotator for annotator in self.annotators if annotator.asked]
 
     @model_validator(mode="after")
     def _names_differ(self) -> Panel:
@@ -290,7 +306,10 @@ class Schedule(_Settings):
 
     method: Literal["sp2dpo"] = Field("sp2dpo", description="how β is made")
     debias: Number | None = Field(
-        None, ge=0, description="take out additive offsets of annotators and prompts first, with this ridge; eq. 44"
+        None,
+        ge=0,
+        description="take out additive offsets of annotators and prompts first, fitted over the pairs of the schedule "
+        "with this ridge; eq. 44",
     )
     over_prompts: Literal["median", "mean"] = Field("median", description="eq. 16, or 41 with prompt_weights")
     prompt_weights: Weights | None = Field(None, description="a weight for each variant, for the mean; γ of eq. 41")
@@ -304,10 +323,23 @@ class Schedule(_Settings):
     over_calls: Literal["mean", "median", "trimmed_mean", "huber"] | None = Field(
         None, description="in place of over_prompts and over_annotators, all calls of a pair at once; eq. 43"
     )
-    trim: Number = Field(0.2, ge=0, lt=0.5, description="part that a trimmed mean leaves out at each end")
-    huber_delta: Number = Field(0.1, gt=0, description="how far from the centre a gap pulls in full")
+    trim: Number = Field(
+        0.2,
+        ge=0,
+        lt=0.5,
+        description="of M values a trimmed mean leaves out ⌊trim × M⌋ at each end: none of 3 at 0.2, one at 0.34",
+    )
+    huber_delta: Number = Field(
+        0.1,
+        gt=0,
+        description="how far from the centre a gap pulls in full; where a stretch of centres fits "
+        "equally well, its middle",
+    )
     min_calls: Whole | None = Field(
-        None, ge=1, description="a pair with fewer valid answers is excluded; null: it needs all of them"
+        None,
+        ge=1,
+        description="a pair with fewer valid answers (those of weight 0 not counted) is excluded; null: it needs all "
+        "of them",
     )
     beta_min: Number = Field(BETA_MIN, gt=0, description="β of a gap of 0")
     beta_max: Number = Field(BETA_MAX, description="β of a gap of 1")
@@ -317,6 +349,12 @@ class Schedule(_Settings):
     random_seed: Whole = Field(42, description="of the Rand-β control")
 
     _bounds = model_validator(mode="after")(_ordered)
+
+    @property
+    def widest_envelope(self) -> tuple[float, float]:
+        """The lowest and the highest β of all categories."""
+        every: tuple[Schedule | Envelope, ...] = (self, *self.envelopes.values())
+        return min(one.beta_min for one in every), max(one.beta_max for one in every)
 
     @model_validator(mode="after")
     def _operators_fit(self) -> Schedule:
@@ -332,7 +370,13 @@ class Schedule(_Settings):
         for weights, over in (("prompt_weights", "over_prompts"), ("annotator_weights", "over_annotators")):
             operator = "over_calls" if both else over
             if getattr(self, weights) is not None and getattr(self, operator) != "mean":
-                raise ValueError(f"{weights} are those of a mean, and {operator} is {getattr(self, operator)}")
+                raise ValueError(
+                    f"{weights} are those of a mean, and {operator} is {getattr(self, operator)}; give {operator}: mean"
+                )
+        used = (self.over_calls or self.over_annotators,)
+        for knob, operator in (("trim", "trimmed_mean"), ("huber_delta", "huber")):
+            if operator not in used and getattr(self, knob) != type(self).model_fields[knob].default:
+                raise ValueError(f"{knob} is that of {operator}, which neither over_annotators nor over_calls is")
         return self
 
 

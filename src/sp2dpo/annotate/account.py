@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from sp2dpo.annotate.plan import NEVER_ASKED, Standing
+from sp2dpo.annotate.plan import NEVER_ASKED, Plan, Standing
 from sp2dpo.annotate.teacher import Teacher
-from sp2dpo.calls import VALID, Call, Ledger
+from sp2dpo.calls import VALID, Call, Ledger, open_calls
 from sp2dpo.llm import Request
 from sp2dpo.progress import Progress
 from sp2dpo.runs import Run
@@ -30,24 +30,28 @@ class Account:
     """One start of the engine, and the run directory after it.
 
     `questions`, `valid` and `missing_by_cause` are of the pairs within `--limit`; a cause is what came of the last
-    attempt. `spent_usd` is all that the log knows to be spent in this run directory, `unknown_usd` what calls whose
+    attempt. `lacking` are those of them, by annotator, that a recording has no valid answer to, so that asking cannot
+    help. `spent_usd` is all that the log knows to be spent in this run directory, `unknown_usd` what calls whose
     bill is not known may have cost at most; both None if an annotator that was asked has no price.
     """
 
     questions: int = 0
     valid: int = 0
     missing_by_cause: Counter[str] = field(default_factory=Counter)
+    lacking: dict[str, Counter[str]] = field(default_factory=dict)
     attempts: int = 0
     live: int = 0
     calls: int = 0
     recorded: int = 0
     reused: int = 0
     imported: int = 0
+    predicted: int = 0
     outcomes: Counter[str] = field(default_factory=Counter)
     mends: Counter[str] = field(default_factory=Counter)
     cost_usd: float = 0.0
     spent_usd: float | None = None
     unknown_usd: float | None = None
+    notes: list[str] = field(default_factory=list)
     stopped: dict[str, str] = field(default_factory=dict)
     stopped_all: str | None = None
     over_budget: bool = False
@@ -55,6 +59,11 @@ class Account:
     @property
     def missing(self) -> int:
         return self.questions - self.valid
+
+    @property
+    def missing_of_asked(self) -> Counter[str]:
+        """By cause, what is missing and may still come."""
+        return self.missing_by_cause - sum(self.lacking.values(), Counter[str]())
 
     def note(self, call: Call) -> None:
         """One more attempt."""
@@ -65,6 +74,7 @@ class Account:
         self.recorded += call.origin == "recorded"
         self.reused += call.origin == "reused"
         self.imported += call.origin == "imported"
+        self.predicted += call.origin == "predicted"
         if call.origin == "live":
             self.cost_usd += call.cost_usd or 0.0
 
@@ -72,20 +82,38 @@ class Account:
         """How the whole stands in the end."""
         self.questions, self.valid, self.missing_by_cause = standing.questions, standing.valid, standing.missing
 
+    def settle_recordings(self, run: Run, *, limit: int | None = None, sample: int | None = None) -> None:
+        """What recordings lack; of no interest, and slow in a long log, while nothing is missing."""
+        panel = run.process.settings.panel
+        offline = [annotator.name for annotator in panel.annotators if not annotator.asked]
+        with open_calls(run.calls) as log:
+            for name in offline:
+                missing = Plan(run.pairs, log, [name], panel.variants, limit=limit, sample=sample).standing().missing
+                read = Counter({cause: n for cause, n in missing.items() if cause != NEVER_ASKED})
+                if read:
+                    self.lacking[name] = read
+
     def retry_flags(self) -> list[str]:
         """Flags that ask again for failures only; none if some question was never asked."""
-        if NEVER_ASKED in self.missing_by_cause:
+        missing = self.missing_of_asked
+        if NEVER_ASKED in missing:
             return []
-        return [word for kind in sorted(self.missing_by_cause) for word in ("--retry", kind)]
+        return [word for kind in sorted(missing) for word in ("--retry", kind)]
 
     def lines(self) -> Iterator[str]:
         """What there is to say, a line for each."""
         if self.live:
             spent = "" if self.spent_usd is None else f", ${self.cost_usd:,.4f} (${self.spent_usd:,.4f} in all)"
             yield f"{_n(self.calls, 'call')} made{spent}"
-        taken = {"recorded answers read": self.recorded, "answers taken over": self.reused, "imported": self.imported}
+        taken = {
+            "recorded answers read": self.recorded,
+            "answers taken over": self.reused,
+            "imported": self.imported,
+            "predicted": self.predicted,
+        }
         if any(taken.values()):
             yield ", ".join(f"{n:,} {what}" for what, n in taken.items() if n)
+        yield from self.notes
         if self.unknown_usd:
             yield f"calls whose bill is not known may have cost up to ${self.unknown_usd:,.4f} more"
         if self.outcomes["repaired"]:
@@ -174,7 +202,7 @@ class Book:
         self._progress.tick()
 
     def say(self, name: str, text: str) -> None:
-        """A word about one annotator, beside the progress."""
+        """A word about one annotator, below the progress."""
         self._progress.say(name, text)
 
     def tokens_of(self, teacher: Teacher, request: Request) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ from sp2dpo.annotate.teacher import body_of
 from sp2dpo.calls import CallLog, Cell, Usage, open_calls
 from sp2dpo.cost import annotation_cost
 from sp2dpo.errors import ProcessError
+from sp2dpo.hashing import sha256_file
 from sp2dpo.llm.chat import json_of
 from sp2dpo.llm.decisions import texts_read
 from sp2dpo.llm.http import Endpoint, read_key
@@ -31,7 +33,7 @@ from sp2dpo.process import Process
 from sp2dpo.prompts import render
 from sp2dpo.providers import profile_of
 from sp2dpo.settings import Annotator
-from sp2dpo.tables import write_atomic
+from sp2dpo.tables import write_atomic, write_manifest
 
 __all__ = ["ESTIMATE", "AnnotatorCost", "Estimate", "estimate", "pairs_of"]
 
@@ -84,6 +86,7 @@ class Estimate:
     pairs: int
     calls: int
     recorded_answers: int
+    predicted_answers: int
     input_tokens: int
     output_tokens: int
     usd: float | None
@@ -95,10 +98,11 @@ class Estimate:
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
-    def write(self, folder: Path) -> None:
-        """Keep it beside the call log, for the report."""
-        text = json.dumps(self.as_json(), indent=1) + "\n"
-        write_atomic(folder / ESTIMATE, lambda partial: partial.write_text(text, encoding="utf-8"))
+    def write(self, folder: Path, lambda_hash: str) -> None:
+        """Keep it beside the call log, for the report, with its manifest."""
+        path, text = folder / ESTIMATE, json.dumps(self.as_json(), indent=1) + "\n"
+        write_atomic(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+        write_manifest(path, files={path.name: sha256_file(path)}, inputs={}, lambda_hash=lambda_hash)
 
 
 def pairs_of(process: Process, pairs: Path | None, limit: int | None) -> pa.Table:
@@ -117,17 +121,18 @@ def estimate(process: Process, *, run_dir: Path | None = None, limit: int | None
     """
     settings = process.settings
     pairs = pairs_of(process, run_dir and run_dir / "pairs.parquet", limit)
-    asked = [annotator for annotator in settings.panel.annotators if annotator.kind != "recorded"]
+    asked = settings.panel.asked
     with _log_of(run_dir) as log:
         seen = _measure(process, asked, pairs, log) if asked else {}
         usage = {a.name: log.usage(a.name) if log else None for a in asked}
     parts = tuple(_part(process, a, pairs, seen[a.name], usage[a.name]) for a in asked)
     dates = [part.price_as_of for part in parts if part.price_as_of]
-    recorded = len(settings.panel.annotators) - len(asked)
+    kinds = Counter(annotator.kind for annotator in settings.panel.annotators)
     return Estimate(
         pairs=pairs.num_rows,
         calls=sum(part.calls for part in parts),
-        recorded_answers=pairs.num_rows * recorded * len(settings.panel.variants),
+        recorded_answers=pairs.num_rows * kinds["recorded"] * len(settings.panel.variants),
+        predicted_answers=pairs.num_rows * kinds["distilled"] * len(settings.panel.variants),
         input_tokens=round(sum(part.calls * part.billed_per_answer * part.input_tokens for part in parts)),
         output_tokens=round(sum(part.calls * part.billed_per_answer * part.output_tokens for part in parts)),
         usd=_sum([part.usd for part in parts]),

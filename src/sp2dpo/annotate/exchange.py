@@ -37,7 +37,7 @@ class Imported:
 
 def _teacher(run: Run, name: str | None, ledger: Ledger) -> Teacher:
     """The annotator of that name, or the only one."""
-    asked = [annotator for annotator in run.process.settings.panel.annotators if annotator.kind != "recorded"]
+    asked = run.process.settings.panel.asked
     names = [annotator.name for annotator in asked]
     if name is None and len(names) != 1:
         raise ProcessError(f"the panel has {len(names)} annotators that are asked; choose one: --annotator NAME")

@@ -69,8 +69,7 @@ def preflight(
     Args:
         connector: makes the aiohttp connector of an endpoint, for tests.
     """
-    asked = [annotator for annotator in process.settings.panel.annotators if annotator.kind != "recorded"]
-    return asyncio.run(_all(process, asked, today or datetime.now(UTC).date(), connector))
+    return asyncio.run(_all(process, process.settings.panel.asked, today or datetime.now(UTC).date(), connector))
 
 
 async def _all(

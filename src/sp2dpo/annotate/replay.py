@@ -19,18 +19,20 @@ from sp2dpo.reply import parse_reply
 from sp2dpo.runs import Run
 from sp2dpo.settings import Annotator
 
-__all__ = ["Replay", "take_over"]
+__all__ = ["Replay", "pieces", "take_over"]
 
 _AT_ONCE: Final = 200
 _FIELDS: Final = tuple(field.name for field in fields(Call))
 
 
 class Replay:
-    """An annotator of kind `recorded`.
+    """An annotator of kind `recorded`; there is no `note` on it.
 
     Raises:
         ProcessError: not a call log or JSONL of answers, or it holds none of this annotator.
     """
+
+    note = None
 
     def __init__(self, run: Run, annotator: Annotator) -> None:
         self.annotator, self.name = annotator, annotator.name
@@ -42,7 +44,7 @@ class Replay:
     def rows(self, plan: Plan) -> Iterator[list[Call]]:
         """The answers to all questions that were not replayed before, some at a time."""
         fresh = (question for question in plan.open(self.name) if not question.asked)
-        for some in _pieces(fresh):
+        for some in pieces(fresh):
             yield [self._row(question) for question in some]
 
     def _row(self, question: Question) -> Call:
@@ -108,7 +110,7 @@ def take_over(plan: Plan, path: Path, teachers: Sequence[Teacher], keep: Callabl
     taken = 0
     with open_calls(path) as other:
         for teacher in teachers:
-            for some in _pieces(plan.open(teacher.name, together=teacher.decides)):
+            for some in pieces(plan.open(teacher.name, together=teacher.decides)):
                 known = {call.cell: call for call in other.answers([question.pair["pair_id"] for question in some])}
                 rows = [row for question in some for row in _same(teacher, question, known)]
                 taken += len(rows)
@@ -116,7 +118,8 @@ def take_over(plan: Plan, path: Path, teachers: Sequence[Teacher], keep: Callabl
     return taken
 
 
-def _pieces(questions: Iterable[Question]) -> Iterator[list[Question]]:
+def pieces(questions: Iterable[Question]) -> Iterator[list[Question]]:
+    """Questions, some at a time."""
     rest = iter(questions)
     while some := list(islice(rest, _AT_ONCE)):
         yield some

@@ -1,28 +1,29 @@
 """The annotation engine: asks every open question of the panel and keeps every attempt. Algorithm 2, phase 1.
 
 An answered question is never asked again; a failure is a row, not a crash. This file joins the parts: what is open
-(`plan`), who is asked (`teacher`), what is there already (`replay`), the asking itself, and the account of it.
+(`plan`), who is asked (`teacher`), what needs no asking (`replay`, `predict`), the asking itself, and the account.
 """
 
 from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Protocol
 
 from sp2dpo.annotate.account import Account, Book, keep_rows, write_account
 from sp2dpo.annotate.asking import ALL, Asking, Transport, Way, interruptible
 from sp2dpo.annotate.estimate import ESTIMATE, estimate
 from sp2dpo.annotate.jobs import give_up_jobs, refuse_jobs
 from sp2dpo.annotate.plan import Plan
+from sp2dpo.annotate.predict import Predictions
 from sp2dpo.annotate.replay import Replay, take_over
 from sp2dpo.annotate.teacher import Teacher
-from sp2dpo.calls import Ledger, open_ledger
+from sp2dpo.calls import Call, Ledger, open_ledger
 from sp2dpo.errors import ProcessError, Sp2dpoError, nearest
 from sp2dpo.llm import FAILURES
 from sp2dpo.llm.http import read_key
@@ -66,22 +67,22 @@ def annotate(
         connector: makes the aiohttp connector of an endpoint, for tests.
 
     Raises:
-        ProcessError: a key or a recording is missing, a flag names an unknown annotator or failure, or the budget
-            cannot be held because a price or an output cap is missing; before anything is asked.
+        ProcessError: a key, a recording or a predictor is missing, a flag names an unknown annotator or failure, or the
+            budget cannot be held because a price or an output cap is missing; before anything is asked.
         RunDirError: another process writes the same call log.
         Unfinished: the call log could not be written.
     """
     way = Way(concurrency, transport, budget_usd, rpm or {}, tpm or {}, connector)
     _check_flags(run, retry, way)
     panel = run.process.settings.panel
-    check_pairs(run.pairs, "sp2dpo annotate PROCESS.yaml")
-    keys = {a.name: read_key(a.api_key_env, f"annotator '{a.name}'") for a in _live(run)}
-    replays = [Replay(run, annotator) for annotator in panel.annotators if annotator.kind == "recorded"]
+    check_pairs(run.pairs, run.command("annotate"))
+    keys = {a.name: read_key(a.api_key_env, f"annotator '{a.name}'") for a in panel.asked}
+    offline = [OFFLINE[annotator.kind](run, annotator) for annotator in panel.annotators if not annotator.asked]
     account = Account()
     with open_ledger(run.calls) as ledger:
         names = [annotator.name for annotator in panel.annotators]
         plan = Plan(run.pairs, ledger, names, panel.variants, limit=limit, sample=sample, retry=retry)
-        teachers = [Teacher(run, annotator, ledger.served(annotator.name)) for annotator in _live(run)]
+        teachers = [Teacher(run, annotator, ledger.served(annotator.name)) for annotator in panel.asked]
         _check_budget(teachers, way)
         if forget_batches:
             give_up_jobs(ledger, teachers, run.path / "batches")
@@ -95,8 +96,9 @@ def annotate(
                 open_now = standing.open.total()
                 with Progress("annotate", standing.questions, done=standing.questions - open_now) as progress:
                     book = Book(ledger, account, progress)
-                    for replay in replays:
-                        _replay(replay, plan, book)
+                    for source in offline:
+                        _take(source, plan, book)
+                        account.notes += [source.note] if source.note else []
                     asked = [teacher for teacher in teachers if standing.open[teacher.name]]
                     if asked:
                         _prepare_to_spend(run)
@@ -120,7 +122,7 @@ def _prepare_to_spend(run: Run) -> None:
     refuse_ended(run.process.settings.panel.annotators, datetime.now(UTC).date())
     if not (run.path / ESTIMATE).is_file():
         made = estimate(run.process, run_dir=run.path)
-        made.write(run.path)
+        made.write(run.path, run.process.lambda_hash)
         usd = (
             "an unknown amount (no price)"
             if made.usd is None
@@ -145,10 +147,6 @@ def _own(error: BaseException) -> BaseException:
     return error
 
 
-def _live(run: Run) -> list[Annotator]:
-    return [annotator for annotator in run.process.settings.panel.annotators if annotator.kind != "recorded"]
-
-
 def _check_flags(run: Run, retry: Collection[str], way: Way) -> None:
     kinds = {**FAILURES, **INVALID}
     for kind in retry:
@@ -156,13 +154,14 @@ def _check_flags(run: Run, retry: Collection[str], way: Way) -> None:
             raise ProcessError(
                 f"--retry {kind}: no such kind of failure{nearest(kind, kinds)}; one of {', '.join(kinds)}"
             )
-    for annotator in _live(run):
+    asked = run.process.settings.panel.asked
+    for annotator in asked:
         if "{node}" in str(annotator.base_url) and way.transport != "ray":
             raise ProcessError(
                 f"annotator '{annotator.name}': {{node}} in its base_url stands for each node of a Ray cluster; "
                 "it needs --transport ray"
             )
-    names = [annotator.name for annotator in _live(run)]
+    names = [annotator.name for annotator in asked]
     for flag, limits in (("--rpm", way.rpm), ("--tpm", way.tpm)):
         for name in limits:
             if name != ALL and name not in names:
@@ -183,8 +182,21 @@ def _check_budget(teachers: Sequence[Teacher], way: Way) -> None:
             raise ProcessError(f"--budget-usd cannot be held: annotator '{teacher.name}' {problem}")
 
 
-def _replay(replay: Replay, plan: Plan, book: Book) -> None:
-    for rows in replay.rows(plan):
+class _Offline(Protocol):
+    """An annotator that needs no asking."""
+
+    @property
+    def note(self) -> str | None: ...
+
+    def rows(self, plan: Plan) -> Iterator[list[Call]]: ...
+
+
+OFFLINE: Final[Mapping[str, Callable[[Run, Annotator], _Offline]]] = {"recorded": Replay, "distilled": Predictions}
+"""What answers for each kind of annotator that is not asked."""
+
+
+def _take(source: _Offline, plan: Plan, book: Book) -> None:
+    for rows in source.rows(plan):
         book.keep_now(rows)
         book.done(len(rows))
 

@@ -46,8 +46,10 @@ def body_of(
     variants: Sequence[str],
     params: Mapping[str, Any],
 ) -> tuple[str, dict[str, Any]]:
-    """Path and body of the call that asks about a pair under some variants."""
+    """Path and body of the call that asks about a pair under some variants; a predictor is asked under none."""
     texts = pair["prompt"], pair["chosen"], pair["rejected"]
+    if kind == "distilled":
+        return "", {"model": model, "pair": texts, **params}
     if kind != "decisions":
         return CHAT_PATH, chat_body(model, render(pack, variants[0], *texts), params)
     assert pack.decisions is not None
