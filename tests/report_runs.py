@@ -59,6 +59,7 @@ def make_run(
     variants: Sequence[str] = ("v1", "v2", "v3"),
     methods: Sequence[str] = (),
     known_reversed: str | None = None,
+    schedule: Mapping[str, Any] | None = None,
 ) -> Run:
     """A scheduled run; an answer that is empty is left out of the recording."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,12 +73,31 @@ def make_run(
     recorded = [{"name": a, "kind": "recorded", "model": f"model-of-{a}", "calls": f"{a}.jsonl"} for a in annotators]
     settings: dict[str, Any] = {"name": "small", "data": {"source": "pairs.jsonl"}}
     settings["panel"] = {"variants": list(variants), "annotators": recorded}
+    if schedule:
+        settings["schedule"] = dict(schedule)
     if methods:
         settings |= {"student": {"model": "toy"}, "train": {"methods": list(methods)}}
     if known_reversed:
         settings["report"] = {"known_reversed": known_reversed}
     (folder / "process.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    run = open_run(load_process(folder / "process.yaml"), folder / "run")
+    return _scheduled(folder / "process.yaml", folder / "run")
+
+
+def with_predictor(run: Run, *, alone: bool = False) -> Run:
+    """The same pairs judged by the panel of a run and by `local`, a predictor that is fitted to it; or by that one."""
+    from sp2dpo.distill.make import distill_run
+
+    folder = run.path.parent
+    distill_run(run, folder / "predictor")
+    settings = yaml.safe_load((folder / "process.yaml").read_text(encoding="utf-8"))
+    local = {"name": "local", "kind": "distilled", "model": "predictor"}
+    settings["panel"]["annotators"] = [local] if alone else [*settings["panel"]["annotators"], local]
+    (folder / "predicted.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return _scheduled(folder / "predicted.yaml", folder / "predicted")
+
+
+def _scheduled(process: Path, path: Path) -> Run:
+    run = open_run(load_process(process), path)
     prepare_run(run)
     annotate(run)
     schedule_run(run)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import csv
+import hashlib
 import itertools
 import json
 import re
@@ -14,15 +17,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from report_runs import HOSTILE, by_number, judged, make_run, pair, put_margins
+from report_runs import HOSTILE, by_number, judged, make_run, pair, put_margins, with_predictor
+from sp2dpo.audit.agreement import correlation
+from sp2dpo.audit.sample import draw
+from sp2dpo.audit.score import score, write_score
+from sp2dpo.audit.sheet import read_sheet, write_sheet
 from sp2dpo.calls import Call, open_calls, open_ledger
 from sp2dpo.errors import RunDirError
 from sp2dpo.evidence import read_evidence
 from sp2dpo.hashing import sha256_file
 from sp2dpo.report.account import Part, Sum, accounts
-from sp2dpo.report.agreement import between_prompts, correlation
+from sp2dpo.report.agreement import between_annotators, between_prompts
 from sp2dpo.report.build import build_report
 from sp2dpo.report.cards import LONGEST, card, visible
+from sp2dpo.report.charts import Chart, agreement_charts, disagreement_charts
 from sp2dpo.report.marks import auc, read_marks
 from sp2dpo.report.provenance import settings_of
 from sp2dpo.report.sections import category_rows, extremes, most_disagreed, reversed_section
@@ -34,24 +42,30 @@ from sp2dpo.tables import read_manifest
 
 
 class Page(HTMLParser):
-    """Tags in order, and the text of the page outside of style sheets."""
+    """Tags in order, the text of the page outside of style sheets and scripts, and the content of the scripts."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.text = ""
-        self.in_style = False
+        self.scripts: list[str] = []
+        self.inside = ""
         self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-        self.in_style = tag == "style"
+        self.inside = tag
+        if tag == "script":
+            self.scripts.append("")
 
     def handle_endtag(self, tag: str) -> None:
-        self.in_style = False
+        self.inside = ""
 
     def handle_data(self, data: str) -> None:
-        self.text += "" if self.in_style else data
+        if self.inside == "script":
+            self.scripts[-1] += data
+        elif self.inside != "style":
+            self.text += data
 
     def all(self, name: str) -> list[dict[str, str | None]]:
         return [attributes for tag, attributes in self.tags if tag == name]
@@ -186,6 +200,46 @@ def test_in_short_tells_the_range_of_beta_and_how_many_pairs_are_judged_far_apar
     )
 
 
+def test_in_short_tells_what_a_reviewer_asks_first(tmp_path: Path) -> None:
+    """Of ten pairs both annotators doubt pair 9, and one of them pair 8; one row is a duplicate."""
+
+    def answer(n: int, annotator: str, variant: str) -> str:
+        doubts = n == 9 or (n == 8 and annotator == "a")
+        return judged("Style", n / 10, 0.2 if doubts else 0.8)
+
+    rows = [*(pair(n) for n in range(10)), pair(0, "again")]
+    text = page_of(make_run(tmp_path, rows, answer, annotators=("a", "b"))).text
+    assert "10 of 11 source rows have a β; 1 were left out" in text
+    assert "Left out: duplicate_prompt_id 1." in text
+    assert "2 annotators under 3 prompts: 60 answers about the pairs of the schedule." in text
+    assert "a: model-of-a (recorded answers), 20" in text
+    assert "On 1 of 10 pairs (10.0%) most of the panel doubts the label." in text
+    assert "Nothing was spent in this run; no call was live." in text
+    assert "No person has checked these labels." in text
+    assert re.search(r"α = 0\.\d\d \(.*\) between the annotators, of the gap \(Krippendorff\)", text)
+
+
+def test_verdicts_of_people_are_told_while_they_are_about_this_schedule(tmp_path: Path) -> None:
+    run = make_run(tmp_path, ten(), annotators=("a", "b"))
+    evidence, sheet = read_evidence(run), tmp_path / "sheet.csv"
+    write_sheet(sheet, evidence, draw(evidence, 10, 0), 10, 0)
+    lines = sheet.read_text(encoding="utf-8-sig").splitlines()
+    column = next(csv.reader([lines[0]])).index("verdict")
+    filled = [next(csv.reader([line])) for line in lines]
+    for n, row in enumerate(filled[1:]):
+        row[column] = "AB"[n % 2]
+    with sheet.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(filled)
+    scored = score(evidence, [read_sheet(sheet)])
+    write_score(run, scored, [read_sheet(sheet)])
+    text = page_of(run).text
+    assert "People gave verdicts on 10 pairs, 0 of them ties." in text
+    assert f"By them {scored.agreement.value:.0%} of the labels are right (95 % interval" in text
+    manifest = run.path / "audit.manifest.json"
+    manifest.write_text(manifest.read_text().replace(sha256_file(run.schedule), "0" * 64))
+    assert "People checked the labels of another schedule than the one here" in page_of(run).text
+
+
 # Accounts
 
 
@@ -303,6 +357,16 @@ def test_a_curve_is_the_mean_margin_of_each_bin_of_steps(tmp_path: Path) -> None
     assert line["y"].tolist() == [1.5, 3.5, 5.5, 7.5]
 
 
+def test_a_margin_below_zero_has_a_minus_sign_in_short_and_in_the_charts(tmp_path: Path) -> None:
+    run = make_run(tmp_path, ten(), methods=("dpo",))
+    put_margins(run, "dpo", [(1, row, -1.4) for row in range(10)])
+    page = page_of(run)
+    assert "Mean margin of the training pairs at the end, in nats: dpo −1.4." in page.text
+    told = [of.get("aria-label") or "" for of in page.all("div")]
+    [drawn] = [one for one in told if one.startswith("Mean margin over training, all pairs")]
+    assert drawn.endswith("in nats: dpo −1.4.")
+
+
 def test_margins_of_another_schedule_are_not_shown(tmp_path: Path) -> None:
     run = make_run(tmp_path, ten(), methods=("dpo", "sp2dpo", "rand_beta"))
     put_margins(run, "dpo", [(0, 0, 77.25)])
@@ -321,7 +385,9 @@ def test_margins_of_another_schedule_are_not_shown(tmp_path: Path) -> None:
 
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
     page = page_of(make_run(tmp_path, [pair(n, HOSTILE, wrong=n == 1) for n in range(4)], known_reversed="wrong"))
-    assert not page.all("script")
+    assert [of for of in page.all("script") if of.get("type") != "application/octet-stream;base64"] == [{}]
+    assert all(re.fullmatch("[A-Za-z0-9+/=]*", data) for data in page.scripts[:-1])
+    assert "alert(" not in page.scripts[-1]
     assert not page.all("img")
     assert len(page.all("style")) == 1
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
@@ -335,12 +401,14 @@ def test_the_page_loads_nothing_and_says_so_in_its_policy(tmp_path: Path) -> Non
     policy = next(meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy")
     assert policy is not None
     assert policy.startswith("default-src 'none';")
-    assert "script-src" not in policy
+    only = base64.b64encode(hashlib.sha256(page.scripts[-1].encode()).digest()).decode()
+    assert re.findall("script-src ([^;]*)", policy) == [f"'sha256-{only}'"]
     links = [
         value for _, of in page.tags for name, value in of.items() if name in ("href", "src", "xlink:href") and value
     ]
     assert links
     assert all(link.startswith(("#", "data:,")) for link in links)
+    assert not re.search("fetch|XMLHttp|WebSocket|import|eval|innerHTML|insertAdjacentHTML", page.scripts[-1])
     assert not page.all("link")[1:]
 
 
@@ -384,7 +452,11 @@ def test_the_manifest_names_the_page_and_all_inputs(tmp_path: Path) -> None:
     build_report(run.path)
     manifest = read_manifest(run.report)
     assert manifest is not None
-    assert manifest["files"] == {"report.html": sha256_file(run.report)}
+    drawn = sorted((run.path / "figures").iterdir())
+    assert manifest["files"] == {
+        path.relative_to(run.path).as_posix(): sha256_file(path) for path in [run.report, *drawn]
+    }
+    assert len(drawn) == len(page_of(run).all("figure")) > 10
     assert manifest["inputs"]["schedule.parquet"] == sha256_file(run.schedule)
     assert manifest["inputs"]["train/dpo/margins.parquet"] == sha256_file(run.training("dpo") / "margins.parquet")
     with open_calls(run.calls) as log:
@@ -443,6 +515,45 @@ def test_a_toy_and_a_recording_are_named_as_such(tmp_path: Path) -> None:
     assert told in page_of(with_toy).text
     assert told not in page_of(without).text
     assert "no model was asked in this run: a (model: model-of-a)." in page_of(without).text
+
+
+def many(words: str = "fox owl elk ape bee") -> list[dict[str, Any]]:
+    """Pairs whose prompts open with different words, as many as a predictor needs."""
+    rows = [pair(n) for n in range(60)]
+    for n, row in enumerate(rows):
+        row["prompt"][0]["content"] = " ".join(words.split()[n // 5**k % 5] for k in range(3)) + f" {n}"
+    return rows
+
+
+def test_a_predictor_is_named_as_such_and_is_no_swapped_model(tmp_path: Path) -> None:
+    run = with_predictor(make_run(tmp_path, many()))
+    served = {one.annotator: one for one in tally_of(run).served.values()}
+    assert served["local"].served != served["local"].requested
+    assert not served["local"].swapped
+    page = page_of(run)
+    assert "1 annotator and 1 predictor under 3 prompts: 360 answers" in page.text
+    assert re.search(r"α = .* between 1 annotator and 1 predictor, of the gap", page.text)
+    assert re.search(r"local: text-1@\w+ \(predicted\), 20", page.text)
+    for wrong in ("not what was asked for", "asked for:", "2 annotators"):
+        assert wrong not in page.text
+    # in the tables of attempts, of medians compared, and of offsets
+    assert page.text.count("local (predictor)") == 3
+    assert "a (predictor)" not in page.text
+    names = {chart.name for chart in _charts_of(run)}
+    assert {"agreement-a+v1+v2", "agreement-medians+a+local", "disagreement-a"} <= names
+    assert not {"agreement-local+v1+v2", "disagreement-local"} & names
+
+
+def test_a_predictor_alone_is_not_said_to_agree_with_itself(tmp_path: Path) -> None:
+    text = page_of(with_predictor(make_run(tmp_path, many()), alone=True)).text
+    assert "1 predictor under 3 prompts" in text
+    assert "One predictor: its answers under all prompts are one, so nothing is known about disagreement." in text
+    assert "Krippendorff" not in text
+
+
+def _charts_of(run: Run) -> list[Chart]:
+    evidence = read_evidence(run)
+    return agreement_charts(between_annotators(evidence) + between_prompts(evidence)) + disagreement_charts(evidence)
 
 
 def test_a_run_without_a_schedule_names_the_command_that_makes_it(tmp_path: Path) -> None:

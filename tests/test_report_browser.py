@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import functools
 import http.server
-import os
-import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright import sync_api
 
+from report_browser import Seen, chromium, needs_chromium
 from report_runs import HOSTILE, judged, make_run, pair, put_margins
 from sp2dpo.report.build import build_report
 
-CHROMIUM = shutil.which("chromium")
-FLAGS = ("no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking")
-FLAGS += ("disable-component-update", "disable-sync")
-
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None and not os.environ.get("CI"), reason="no chromium on the PATH: apt-get install chromium"
-)
+pytestmark = needs_chromium
 
 
 def answer(n: int, annotator: str, variant: str) -> str:
@@ -50,30 +42,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def browser(report: Path) -> Iterator[Any]:
-    """Started after the report is made, because playwright's own event loop keeps running in this thread."""
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=[f"--{flag}" for flag in FLAGS])
-        yield chromium
-        chromium.close()
-
-
-class Seen:
-    """An open page, and what it asked for, complained of or popped up."""
-
-    def __init__(self, browser: Any, url: str, width: int, scheme: str = "light") -> None:
-        self.page = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
-        self.requests: list[str] = []
-        self.complaints: list[str] = []
-        self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.on("console", lambda message: self.complaints.append(message.text))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("dialog", self.refuse)
-        self.page.goto(url)
-        self.page.evaluate("for (const one of document.querySelectorAll('details')) one.open = true")
-
-    def refuse(self, dialog: Any) -> None:
-        self.complaints.append(f"dialog: {dialog.message}")
-        dialog.dismiss()
+    with chromium() as started:
+        yield started
 
 
 @pytest.mark.parametrize("width", [390, 1366])
@@ -192,7 +162,9 @@ def test_the_keyboard_reaches_contents_tables_and_folded_texts(browser: Any, rep
     page = browser.new_page(viewport={"width": 390, "height": 844})
     page.goto(report.as_uri())
     page.keyboard.press("Tab")
-    assert page.evaluate("document.activeElement.getAttribute('href')") == "#rows"
+    assert page.evaluate("document.activeElement.getAttribute('href')") == "#main"
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "main"
     assert page.locator(".scroll:not([tabindex='0'])").count() == 0
     folded = page.locator("#reversed ~ details > summary").first
     folded.focus()

@@ -16,6 +16,8 @@ from sp2dpo.evidence import Evidence
 from sp2dpo.llm import FAILURES
 from sp2dpo.pairs.filters import REASONS
 from sp2dpo.reply import INVALID
+from sp2dpo.report.numbers import some
+from sp2dpo.report.panel import panel_of, predictors_of
 from sp2dpo.report.tally import Tally
 from sp2dpo.schedule import EXCLUDED_SCHEMA, EXCLUSIONS
 from sp2dpo.stages import read_excluded
@@ -85,13 +87,8 @@ def _questions(evidence: Evidence, tally: Tally) -> Sum:
         *(Part(n, f"failed: {kind}", _failure(kind)) for kind, n in tally.failed.most_common()),
         Part(tally.not_asked, "not asked yet"),
     ]
-    return Sum(
-        distinct * j * k, f"questions: {distinct:,} {named} × {_of(j, 'annotator')} × {_of(k, 'prompt')}", tuple(parts)
-    )
-
-
-def _of(n: int, what: str) -> str:
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+    panel = f"({panel_of(evidence)})" if predictors_of(evidence) else some(j, "annotator")
+    return Sum(distinct * j * k, f"questions: {distinct:,} {named} × {panel} × {some(k, 'prompt')}", tuple(parts))
 
 
 def _failure(kind: str) -> str:

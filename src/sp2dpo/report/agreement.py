@@ -1,64 +1,50 @@
-"""How far judgements agree: prompt against prompt, annotator against annotator. C.4. Arrays in, numbers out."""
+"""Two raters as a chart shows them: the figures of `audit.agreement` beside the gaps that they come from. C.4."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 
+from sp2dpo.audit.agreement import Codes, Compared, category_codes, compare, majority_codes
 from sp2dpo.evidence import Array, Evidence
+from sp2dpo.report.panel import predictors_of
 
-__all__ = ["Agreement", "between_annotators", "between_prompts", "correlation"]
+__all__ = ["Agreement", "between_annotators", "between_prompts"]
 
 
 @dataclass(frozen=True)
-class Agreement:
-    """Two sets of effective gaps of the same pairs. `same_category` is the share of pairs with the same one."""
+class Agreement(Compared):
+    """Two raters and their effective gaps of the pairs that both judged."""
 
-    of: str
-    one: str
-    other: str
     x: Array
     y: Array
-    same_category: float
-
-    @property
-    def correlation(self) -> float | None:
-        return correlation(self.x, self.y)
-
-    @property
-    def difference(self) -> float:
-        return float(np.abs(self.x - self.y).mean())
-
-
-def correlation(x: Array, y: Array) -> float | None:
-    """Pearson's r; None where it is not defined."""
-    if len(x) < 3 or np.ptp(x) < 1e-12 or np.ptp(y) < 1e-12:
-        return None
-    return float(np.corrcoef(x, y)[0, 1])
 
 
 def between_prompts(evidence: Evidence) -> list[Agreement]:
-    """Each two prompt variants of each annotator."""
+    """Each two prompt variants of each annotator that is no predictor."""
+    predictors = predictors_of(evidence)
+    codes = category_codes(evidence.category_ijk)
     return [
-        _agreement(a, evidence.variants, k, m, evidence.gap_ijk[:, j], evidence.category_ijk[:, j])
+        _agreement(a, evidence.variants, one, other, evidence.gap_ijk[:, j], codes[:, j])
         for j, a in enumerate(evidence.annotators)
-        for k, m in combinations(range(len(evidence.variants)), 2)
+        if a not in predictors
+        for one, other in combinations(range(len(evidence.variants)), 2)
     ]
 
 
 def between_annotators(evidence: Evidence) -> list[Agreement]:
-    """Each two annotators, by their medians over prompts."""
-    names = evidence.annotators
-    category = np.stack([evidence.schedule[f"category_{a}_ens"].to_numpy() for a in names], axis=1)
+    """Each two annotators, by their gaps over prompts."""
+    names, codes = evidence.annotators, majority_codes(evidence)
     return [
-        _agreement("medians", names, j, m, evidence.gap_ij, category) for j, m in combinations(range(len(names)), 2)
+        _agreement("medians", names, one, other, evidence.gap_ij, codes)
+        for one, other in combinations(range(len(names)), 2)
     ]
 
 
-def _agreement(of: str, names: Sequence[str], one: int, other: int, gap: Array, category: Any) -> Agreement:
-    same = float((category[:, one] == category[:, other]).mean())
-    return Agreement(of, names[one], names[other], gap[:, one], gap[:, other], same)
+def _agreement(of: str, names: Sequence[str], one: int, other: int, gap: Array, codes: Codes) -> Agreement:
+    x, y = gap[:, one], gap[:, other]
+    both = ~np.isnan(x) & ~np.isnan(y)
+    return Agreement(**vars(compare(of, names, one, other, gap, codes)), x=x[both], y=y[both])

@@ -11,7 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
+
 from sp2dpo.evidence import Evidence
+from sp2dpo.report.pipeline import number
 
 __all__ = ["LONGEST", "Card", "Judgement", "Message", "card", "visible"]
 
@@ -54,11 +57,11 @@ class Message:
 
 @dataclass(frozen=True)
 class Judgement:
-    """One call: eq. 29."""
+    """One call: eq. 29. Without a valid answer the category is None and the numbers are NaN."""
 
     annotator: str
     variant: str
-    category: str
+    category: str | None
     magnitude: float
     confidence: float
     gap: float
@@ -72,13 +75,14 @@ class Card:
     prompt_id: str
     category: str
     beta: float
+    gap: float
     spread: float
     reversed: bool
     prompt: tuple[Message, ...]
     chosen: tuple[Message, ...]
     rejected: tuple[Message, ...]
     judgements: tuple[Judgement, ...]
-    medians: tuple[tuple[str, float, float], ...]
+    gaps: tuple[tuple[str, str], ...]
 
     @property
     def name(self) -> str:
@@ -89,20 +93,20 @@ class Card:
 def card(evidence: Evidence, i: int, *, reversed: bool = False) -> Card:
     """The pair in row `i` of the schedule."""
     pair = evidence.pairs.slice(int(evidence.at_i[i]), 1).to_pylist()[0]
+    gaps = evidence.gap_ijk[i]
     return Card(
         pair_id=pair["pair_id"],
         prompt_id=pair["prompt_id"],
         category=str(evidence.category_i[i]),
         beta=float(evidence.beta_i[i]),
-        spread=float(evidence.spread_i[i]),
+        gap=float(evidence.gap_i[i]),
+        spread=float(np.ptp(gaps[~np.isnan(gaps)])),
         reversed=reversed,
         prompt=_messages(pair["prompt"]),
         chosen=_messages(pair["chosen"]),
         rejected=_messages(pair["rejected"]),
         judgements=tuple(_judgements(evidence, i)),
-        medians=tuple(
-            (a, float(evidence.gap_ij[i, j]), float(evidence.beta_ij[i, j])) for j, a in enumerate(evidence.annotators)
-        ),
+        gaps=tuple(zip(evidence.annotators, map(number, evidence.gap_ij[i]), strict=True)),
     )
 
 
@@ -115,7 +119,7 @@ def _judgements(evidence: Evidence, i: int) -> list[Judgement]:
         Judgement(
             annotator,
             variant,
-            str(evidence.category_ijk[i, j, k]),
+            evidence.category_ijk[i, j, k],
             float(evidence.magnitude_ijk[i, j, k]),
             float(evidence.confidence_ijk[i, j, k]),
             float(evidence.gap_ijk[i, j, k]),

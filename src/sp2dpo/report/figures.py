@@ -1,87 +1,46 @@
-"""Charts as inline SVG: text stays text, colours are CSS variables, equal numbers give equal bytes.
+"""The drawings of the report, in its one style. Small on purpose: as wide as a phone, so that nothing in them shrinks.
 
-The only file that knows matplotlib. Small on purpose: a chart is about as wide as a phone, so nothing in it shrinks.
+Numbers and names in, inline SVG out; knows nothing of runs.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from io import StringIO
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
-import matplotlib
 import numpy as np
 from markupsafe import Markup
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
+from matplotlib.patches import Patch, PathPatch
+from matplotlib.path import Path
+from matplotlib.ticker import MaxNLocator
 
 from sp2dpo.evidence import Array
+from sp2dpo.report.canvas import ACCENT, INK, LINE, LINES, METHOD_COLOURS, MUTED, WRONG, canvas, svg
+from sp2dpo.report.hexagons import CORNERS, Limits, hexagons, levels, steps
 
-__all__ = ["LINES", "curves", "groups", "histogram", "sample", "scatter"]
+__all__ = [
+    "LINES",
+    "MOST_POINTS",
+    "Line",
+    "bars",
+    "curves",
+    "density",
+    "groups",
+    "heatmap",
+    "histogram",
+    "joint",
+    "lengths",
+    "overlay",
+    "policy",
+]
 
-INK, MUTED, LINE, ACCENT, WRONG = "#010203", "#010204", "#010205", "#010206", "#010207"
-METHOD_COLOURS: Final = ("#010208", "#010209", "#01020a", "#01020b")
-_VARIABLES: Final = {
-    INK: "--ink",
-    MUTED: "--muted",
-    LINE: "--line",
-    ACCENT: "--accent",
-    WRONG: "--wrong",
-    **{colour: f"--m{n}" for n, colour in enumerate(METHOD_COLOURS)},
-}
+MOST_POINTS: Final = 300
+"""Of more pairs than that a chart shows hexagons with counts instead of dots."""
 
-LINES: Final = ("-", "--", ":", "-.")
-"""One dash for each method beside its colour, so that no line is told by colour alone."""
-
-MOST_POINTS: Final = 600
-WIDTH: Final = 3.5
-
-_STYLE: Final = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "sp2dpo",
-    "font.family": "DejaVu Sans",
-    "font.size": 7.5,
-    "text.color": INK,
-    "axes.edgecolor": LINE,
-    "axes.labelcolor": MUTED,
-    "axes.labelsize": 7.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.unicode_minus": True,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.major.size": 2.5,
-    "ytick.major.size": 2.5,
-    "lines.linewidth": 1.6,
-    "figure.constrained_layout.use": True,
-}
-
-
-@contextmanager
-def _figure(height: float) -> Iterator[tuple[Any, Any]]:
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(WIDTH, height))
-        FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
-        axes.set_axisbelow(True)
-        yield figure, axes
-
-
-def _svg(figure: Any, key: str) -> Markup:
-    """The drawing without prologue, metadata or style sheet; `key` keeps its ids apart from those of other charts."""
-    out = StringIO()
-    figure.savefig(out, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    text = out.getvalue()
-    text = re.sub(r"<style.*?</style>|<!--.*?-->", "", text[text.index("<svg") :], flags=re.DOTALL)
-    for colour, variable in _VARIABLES.items():
-        text = text.replace(colour, f"var({variable})")
-    text = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{key}-", text)
-    text = re.sub(
-        r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true" focusable="false">', text, count=1
-    )
-    return Markup(re.sub(r"\n\s*", "\n", text))  # noqa: S704 (drawn here, from numbers and names that λ restricts)
+MOST_DOTS: Final = 150
+LEVELS: Final = (0.24, 0.42, 0.6, 0.8, 1.0)
+SQUARE: Final = np.array([(-0.47, -0.47), (0.47, -0.47), (0.47, 0.47), (-0.47, 0.47), (-0.47, -0.47)])
 
 
 def groups(
@@ -90,7 +49,7 @@ def groups(
     """A row for each group: its histogram, scaled to its own peak, and below it the middle half and the median."""
     named = list(values.items())
     edges = np.linspace(low, high if high > low else low + 1e-3, 28)
-    with _figure(0.55 + 0.38 * len(named)) as (figure, axes):
+    with canvas(0.55 + 0.38 * len(named)) as (figure, axes):
         for n, (name, of) in enumerate(named):
             _row(axes, -n, np.asarray(of), edges, WRONG if name in wrong else ACCENT)
         axes.set_yticks(
@@ -100,7 +59,7 @@ def groups(
         axes.spines["left"].set_visible(False)
         axes.set(xlim=(edges[0], edges[-1]), ylim=(-len(named) + 0.6, 0.85), xlabel=label)
         axes.grid(axis="x", color=LINE, linewidth=0.5)
-        return _svg(figure, key)
+        return svg(figure, key)
 
 
 def _row(axes: Any, y: float, of: Array, edges: Array, colour: str) -> None:
@@ -118,39 +77,187 @@ def _row(axes: Any, y: float, of: Array, edges: Array, colour: str) -> None:
 def histogram(key: str, values: Array, label: str) -> Markup:
     """How often each value occurs; the axis begins at 0."""
     top = max(float(np.max(values, initial=0.0)), 1e-3)
-    with _figure(1.6) as (figure, axes):
+    with canvas(1.6) as (figure, axes):
         axes.hist(values, bins=np.linspace(0, top, 25), color=ACCENT, alpha=0.6, linewidth=0)
         axes.axvline(float(np.median(values)), color=INK, linewidth=1)
         axes.set(xlabel=label, ylabel="pairs", xlim=(0, top))
         axes.yaxis.get_major_locator().set_params(integer=True)
-        return _svg(figure, key)
+        return svg(figure, key)
 
 
-def sample(values: Array) -> Array:
-    """Each value, or each n-th of many."""
-    return values[:: -(-len(values) // MOST_POINTS)]
+@dataclass(frozen=True)
+class Line:
+    """A value on the axis of a histogram, with its name; `dash` is a line style of matplotlib."""
+
+    name: str
+    at: float
+    dash: str = "-"
 
 
-def scatter(key: str, x: Array, y: Array, x_label: str, y_label: str) -> Markup:
-    """One dot for each pair on [0, 1]²; of many pairs an even sample."""
-    with _figure(2.6) as (figure, axes):
-        axes.plot([0, 1], [0, 1], color=LINE, linewidth=1)
-        axes.plot(sample(x), sample(y), "o", color=ACCENT, markersize=2.6, alpha=0.45, markeredgewidth=0)
-        axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xlabel=x_label, ylabel=y_label, aspect="equal")
+def lengths(key: str, values: Array, edges: Array, label: str, lines: Sequence[Line]) -> Markup:
+    """A histogram that may leave out the longest, under names of a few values; one beyond the edge has an arrow."""
+    with canvas(1.55 + 0.14 * len(lines)) as (figure, axes):
+        counts, _ = np.histogram(values, edges)
+        peak = max(float(counts.max()), 1.0)
+        axes.stairs(counts, edges, fill=True, color=ACCENT, alpha=0.6, linewidth=0)
+        for n, line in enumerate(sorted(lines, key=lambda line: line.at)):
+            _named_line(axes, line, edges, peak * (1.1 + 0.13 * n))
+        ticks = np.asarray(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]).tick_values(0, peak))
+        axes.set_yticks(ticks[ticks <= peak])
+        axes.spines["left"].set_bounds(0, peak)
+        axes.set(xlabel=label, ylabel="pairs", xlim=(edges[0], edges[-1]), ylim=(0, peak * (1.04 + 0.13 * len(lines))))
+        return svg(figure, key)
+
+
+def _named_line(axes: Any, line: Line, edges: Array, y: float) -> None:
+    """A line up to its name, which stands left of it as a rule: above the names of all lines further left."""
+    inside = line.at <= edges[-1]
+    if inside:
+        axes.plot([line.at] * 2, [0, y], line.dash, color=INK, linewidth=0.9, clip_on=False)
+    side = "left" if line.at < edges[0] + 0.35 * (edges[-1] - edges[0]) else "right"
+    place = {"xy": (min(line.at, edges[-1]), y), "xytext": (3 if side == "left" else -3, 0)}
+    text = line.name if inside else f"{line.name} →"
+    axes.annotate(text, **place, textcoords="offset points", ha=side, va="center", fontsize=7, color=INK)
+
+
+def overlay(key: str, values: Mapping[str, Array], edges: Array, label: str) -> Markup:
+    """Histograms of up to three groups on each other, told apart by line and colour; values beyond are left out."""
+    with canvas(1.85) as (figure, axes):
+        for n, (name, of) in enumerate(values.items()):
+            counts, _ = np.histogram(of, edges)
+            style = {"color": METHOD_COLOURS[(0, 2, 3)[n]], "linestyle": LINES[n], "linewidth": 1.3}
+            axes.stairs(counts, edges, label=name, **style)
+            axes.stairs(counts, edges, fill=True, alpha=0.13, color=style["color"], linewidth=0)
+        axes.set(xlabel=label, ylabel="pairs", xlim=(edges[0], edges[-1]), ylim=(0, None))
+        axes.yaxis.get_major_locator().set_params(integer=True)
+        figure.legend(loc="outside upper left", ncol=3)
+        return svg(figure, key)
+
+
+def density(
+    key: str, x: Array, y: Array, labels: tuple[str, str], xlim: Limits, ylim: Limits, *, diagonal: bool = False
+) -> Markup:
+    """How many pairs lie where: hexagons, fuller for more pairs. `diagonal`: the line on which both are equal."""
+    with canvas(2.95) as (figure, axes):
+        _hexagons(figure, axes, x, y, xlim, ylim)
+        if diagonal:
+            ends = [max(xlim[0], ylim[0]), min(xlim[1], ylim[1])]
+            axes.plot(ends, ends, color=INK, linewidth=0.8, linestyle="--")
+        axes.set(xlim=xlim, ylim=ylim, xlabel=labels[0], ylabel=labels[1])
+        return svg(figure, key)
+
+
+def _hexagons(figure: Any, axes: Any, x: Array, y: Array, xlim: Limits, ylim: Limits) -> None:
+    """One shape for each range of counts, and the key above."""
+    centres, counts = hexagons(x, y, xlim, ylim)
+    ring = CORNERS * steps(xlim, ylim)
+    handles = [Patch(alpha=0, label="pairs:")]
+    ranges = levels(int(counts.max(initial=1)))
+    for (low, high), alpha in zip(ranges, LEVELS[-len(ranges) :], strict=True):
+        style: dict[str, Any] = {"facecolor": ACCENT, "alpha": alpha, "linewidth": 0}
+        _shapes(axes, centres[(counts >= low) & (counts <= high)], ring, **style)
+        handles.append(Patch(**style, label=f"{low:,}" if high == low else f"{low:,}–{high:,}"))
+    spacing = {"handlelength": 0.8, "handletextpad": 0.4, "columnspacing": 0.9, "fontsize": 6.5}
+    figure.legend(handles=handles, loc="outside upper left", ncol=len(handles), **spacing)
+
+
+def _shapes(axes: Any, at: Array, ring: Array, **style: Any) -> None:
+    """The same shape at many places, as one path."""
+    if len(at):
+        path = Path.make_compound_path(*(Path(place + ring, closed=True) for place in at))
+        axes.add_patch(PathPatch(path, **style))
+
+
+def joint(key: str, x: Array, y: Array, x_label: str, y_label: str) -> Markup:
+    """Two values in [0, 1] of each pair and the line on which they are equal: dots, or hexagons if there are many."""
+    with canvas(2.8) as (figure, axes):
+        if len(x) > MOST_POINTS:
+            _hexagons(figure, axes, x, y, (0, 1), (0, 1))
+        else:
+            axes.plot(x, y, "o", color=ACCENT, markersize=2.6, alpha=0.45, markeredgewidth=0)
+        axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle="--")
+        axes.set(xlim=(-0.05, 1.05), ylim=(-0.05, 1.05), xlabel=x_label, ylabel=y_label, aspect="equal")
         axes.set_xticks([0, 0.5, 1])
         axes.set_yticks([0, 0.5, 1])
-        return _svg(figure, key)
+        return svg(figure, key)
+
+
+def policy(key: str, gap: Array, beta: Array, envelopes: Mapping[str, Limits], label: str) -> Markup:
+    """β over the gap beside the line of each envelope, and below it how often each gap occurs.
+
+    Of many pairs every n-th is a dot, in the order of their gaps.
+    """
+    low, high = min(low for low, _ in envelopes.values()), max(high for _, high in envelopes.values())
+    pad = 0.06 * (high - low) or 0.01
+    drawn = np.argsort(gap, kind="stable")[:: -(-len(gap) // MOST_DOTS)]
+    with canvas(2.9) as (figure, axes):
+        axes.remove()
+        axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+        for n, (name, ends) in enumerate(envelopes.items()):
+            axes.plot([0, 1], ends, LINES[n % 4], color=(INK, *METHOD_COLOURS)[n % 5], linewidth=1, label=name)
+        axes.plot(gap[drawn], beta[drawn], "o", color=ACCENT, markersize=2.8, alpha=0.45, markeredgewidth=0)
+        if len(envelopes) > 1:
+            figure.legend(loc="outside upper left", ncol=3)
+        counts, edges = np.histogram(gap, np.linspace(0, 1, 41))
+        below.stairs(counts, edges, fill=True, color=ACCENT, alpha=0.6, linewidth=0)
+        axes.set(ylim=(low - pad, high + pad), ylabel="β")
+        below.set(xlim=(-0.03, 1.03), xlabel=label, ylabel="pairs")
+        below.yaxis.get_major_locator().set_params(integer=True, nbins=2)
+        return svg(figure, key)
+
+
+def heatmap(key: str, names: Sequence[str], values: Array) -> Markup:
+    """A square of correlations in hundredths, each told once: one colour above 0, another below, a dash for NaN."""
+    n = len(names)
+    rows, columns = np.tril_indices(n, -1)
+    told = values[rows, columns]
+    shade = np.minimum(np.ceil(np.abs(np.nan_to_num(told)) * 5), 5).astype(int)
+    with canvas(0.95 + 0.235 * n) as (figure, axes):
+        for colour, of in ((ACCENT, told > 0), (WRONG, told < 0)):
+            for step in range(1, 6):
+                at = np.stack([columns, rows], axis=1)[of & (shade == step)]
+                _shapes(axes, at, SQUARE, facecolor=colour, alpha=0.1 * step - 0.04, linewidth=0)
+        for row, column, value in zip(rows, columns, told, strict=True):
+            shown = _hundredths(value)
+            axes.text(column, row, shown, ha="center", va="center", fontsize=6.6 if len(shown) < 4 else 5.4)
+        axes.set(xlim=(-0.5, n - 1.5), ylim=(n - 0.5, 0.5))
+        axes.set_xticks(range(n - 1), names[:-1], rotation=90, fontsize=6.8)
+        axes.set_yticks(range(1, n), names[1:], fontsize=6.8)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        return svg(figure, key)
+
+
+def _hundredths(value: float) -> str:
+    return "–" if np.isnan(value) else f"{round(100 * value)}".replace("-", "−")
+
+
+def bars(key: str, names: Sequence[str], values: Array, low: Array, high: Array, label: str) -> Markup:
+    """A dot for each value in [−1, 1] with its interval; NaN has none."""
+    n = len(names)
+    with canvas(0.5 + 0.19 * n) as (figure, axes):
+        axes.axvline(0, color=MUTED, linewidth=0.8)
+        y = -np.arange(n)
+        for at, left, right in zip(y, low, high, strict=True):
+            axes.plot([left, right], [at, at], color=ACCENT, linewidth=1.4, alpha=0.6, solid_capstyle="butt")
+        axes.plot(values, y, "o", color=ACCENT, markersize=3.8)
+        axes.set(xlim=(-1.02, 1.02), ylim=(-n + 0.4, 0.6), xlabel=label)
+        axes.set_yticks(y, names, fontsize=6.8)
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        axes.grid(axis="x", color=LINE, linewidth=0.5)
+        return svg(figure, key)
 
 
 def curves(
     key: str, lines: Mapping[int, Mapping[str, Array]], xlim: tuple[float, float], ylim: tuple[float, float]
 ) -> Markup:
     """One line for each method over the steps, on axes that all such charts share; keys are places in `LINES`."""
-    with _figure(1.75) as (figure, axes):
+    with canvas(1.75) as (figure, axes):
         axes.axhline(0, color=MUTED, linewidth=0.7)
         for n, line in lines.items():
             style = {"color": METHOD_COLOURS[n], "linestyle": LINES[n]}
             axes.plot(line["x"], line["y"], **style, marker="o" if len(line["x"]) == 1 else "", markersize=3)
         axes.set(xlim=xlim, ylim=ylim, xlabel="training step", ylabel="mean margin Δ, nats")
         axes.grid(axis="y", color=LINE, linewidth=0.5)
-        return _svg(figure, key)
+        return svg(figure, key)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from sp2dpo.audit.errors import LabelErrors
 from sp2dpo.evidence import Evidence, mean, median
 from sp2dpo.report.cards import Card, card
 from sp2dpo.report.marks import Marks, auc
@@ -18,7 +19,10 @@ __all__ = [
     "Reversed",
     "TrainedRow",
     "category_rows",
+    "doubted",
     "extremes",
+    "first_read",
+    "highest",
     "most_disagreed",
     "reversed_section",
     "training_groups",
@@ -27,6 +31,7 @@ __all__ = [
 
 SHOWN = 5
 MOST_REVERSED = 30
+MOST_WANTED = 500
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,23 @@ def _category(evidence: Evidence, name: str, of_i: NDArray[np.bool_]) -> Categor
         confidence=mean(evidence.confidence_ijk[of_i].ravel()),
         ties=int(evidence.tie_ij[of_i].any(axis=1).sum()),
     )
+
+
+def doubted(evidence: Evidence, marks: Marks, errors: LabelErrors) -> list[Card]:
+    """The likeliest label errors."""
+    return _cards(evidence, marks, errors.listed[:SHOWN])
+
+
+def first_read(evidence: Evidence, marks: Marks, errors: LabelErrors) -> list[int]:
+    """Pairs whose texts a reader wants before all others: the doubted, the reversed, the extremes, the disagreed."""
+    by_beta, spread = np.argsort(-evidence.beta_i, kind="stable"), np.argsort(-evidence.spread_i, kind="stable")
+    ends = [by_beta[:MOST_WANTED], by_beta[::-1][:MOST_WANTED], spread[:MOST_WANTED]]
+    return [int(i) for i in np.concatenate([errors.listed, np.flatnonzero(marks.reversed_i), *ends])]
+
+
+def highest(evidence: Evidence) -> int:
+    """Row of the pair with the highest β, that `extremes` shows first."""
+    return int(np.argsort(-evidence.beta_i, kind="stable")[0])
 
 
 def extremes(evidence: Evidence, marks: Marks) -> tuple[list[Card], list[Card]]:

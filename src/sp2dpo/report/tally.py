@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
 from sp2dpo.annotate.teacher import same_model
-from sp2dpo.calls import Call, CallLog
+from sp2dpo.calls import VALID, CallLog, Cell
+from sp2dpo.calls.rows import Attempts, Count
 from sp2dpo.evidence import Evidence
 from sp2dpo.settings import Annotator
 
@@ -31,17 +32,21 @@ class Served:
 
     @property
     def swapped(self) -> bool:
-        return not same_model(self.requested, self.served, self.served_as)
+        """Never of a predictor: λ pins its hash."""
+        return self.origin != "predicted" and not same_model(self.requested, self.served, self.served_as)
 
-    def note(self, call: Call) -> None:
-        self.n += 1
-        self.first = min(self.first or call.started_at, call.started_at)
-        self.last = max(self.last, call.started_at)
+    def note(self, some: Attempts) -> None:
+        self.n += some.attempts
+        self.first = min(self.first or some.first, some.first)
+        self.last = max(self.last, some.last)
 
 
 @dataclass
 class Used:
-    """Attempts, tokens and USD of one annotator by origin of the answers."""
+    """Attempts, tokens and USD of one annotator by origin of the answers.
+
+    `uncounted` attempts came without a token count; those that failed and were not live always do.
+    """
 
     annotator: str
     origin: str
@@ -55,23 +60,25 @@ class Used:
     failed_usd: float = 0.0
     bound_usd: float = 0.0
 
-    def note(self, call: Call) -> None:
-        self.attempts += 1
-        self.valid += call.valid
-        self.uncounted += call.prompt_tokens is None
-        self.prompt_tokens += call.prompt_tokens or 0
-        self.completion_tokens += call.completion_tokens or 0
-        self.reasoning_tokens += call.reasoning_tokens or 0
-        self.cost_usd += call.cost_usd or 0.0
-        self.failed_usd += 0.0 if call.valid else call.cost_usd or 0.0
-        self.bound_usd += call.cost_bound_usd or 0.0 if call.cost_usd is None else 0.0
+    def note(self, some: Count) -> None:
+        valid = some.outcome in VALID
+        self.attempts += some.attempts
+        self.valid += some.attempts if valid else 0
+        self.prompt_tokens += some.prompt_tokens
+        self.completion_tokens += some.completion_tokens
+        self.reasoning_tokens += some.reasoning_tokens
+        self.cost_usd += some.cost_usd
+        self.failed_usd += 0.0 if valid else some.cost_usd
+        self.bound_usd += some.cost_bound_usd
 
 
 @dataclass
 class Tally:
-    """What a pass over the log finds. `first_time` to `not_asked` count questions and make up all of them."""
+    """What the log holds. `first_time` to `not_asked` count questions and make up all of them.
 
-    served_as: Mapping[str, str | None] = field(default_factory=dict)
+    `odd` says of a question what came before its answer, if it was not simply answered.
+    """
+
     attempts: int = 0
     first_time: int = 0
     later: int = 0
@@ -83,41 +90,65 @@ class Tally:
     served: dict[tuple[str, str, str, str | None], Served] = field(default_factory=dict)
     used: dict[tuple[str, str], Used] = field(default_factory=dict)
     params: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    odd: dict[Cell, str] = field(default_factory=dict)
 
-    def note(self, call: Call) -> None:
-        """One attempt, whatever came of it."""
-        self.attempts += 1
-        self.outcomes[call.outcome] += 1
-        who = (call.annotator, call.origin, call.requested_model, call.served_model)
-        self.served.setdefault(who, Served(*who, self.served_as.get(call.annotator))).note(call)
-        self.used.setdefault(who[:2], Used(*who[:2])).note(call)
-        self.params[call.annotator, call.params_requested, call.params_sent] += 1
-
-    def settle(self, end: Call) -> None:
+    def settle(self, cell: Cell, attempt: int, outcome: str, mends: str) -> None:
         """How one question ended: its first valid attempt, else its last one."""
         self.not_asked -= 1
-        if not end.valid:
-            self.failed[end.outcome] += 1
-        elif end.outcome == "repaired":
+        if outcome not in VALID:
+            self.failed[outcome] += 1
+            self.odd[cell] = f"{outcome}, attempt {attempt}"
+            return
+        told = [f"attempt {attempt}"] if attempt > 1 else []
+        if outcome == "repaired":
             self.repaired += 1
-            self.mends.update(json.loads(end.mends))
-        elif end.attempt == 1:
+            self.mends.update(named := json.loads(mends))
+            told.append(f"mended: {', '.join(named)}")
+        elif attempt == 1:
             self.first_time += 1
         else:
             self.later += 1
+        if told:
+            self.odd[cell] = "; ".join(told)
 
 
 def tally_calls(log: CallLog, evidence: Evidence) -> Tally:
     """Count attempts and questions; questions are the different pairs × annotators × variants."""
     pairs, annotators, variants = (set(x) for x in (evidence.pair_ids, evidence.annotators, evidence.variants))
-    served_as = {one.name: one.served_as for one in evidence.run.process.settings.panel.annotators}
-    tally = Tally(served_as, not_asked=len(pairs) * len(annotators) * len(variants))
-    for call in log:
-        tally.note(call)
-    for end in chain(log.answers(), log.failures()):
+    tally = Tally(not_asked=len(pairs) * len(annotators) * len(variants))
+    _attempts(tally, log, evidence)
+    seen: set[Cell] = set()
+    columns = ("pair_id", "annotator", "variant", "origin", "prompt_tokens", "attempt", "outcome", "mends")
+    for pair_id, annotator, variant, origin, tokens, attempt, outcome, mends in chain.from_iterable(log.valid(columns)):
+        tally.used[annotator, origin].uncounted += tokens is None and origin != "live"
+        cell = (pair_id, annotator, variant)
+        if cell not in seen and pair_id in pairs and annotator in annotators and variant in variants:
+            seen.add(cell)
+            tally.settle(cell, attempt, outcome, mends)
+    for end in log.failures():
         if end.pair_id in pairs and end.annotator in annotators and end.variant in variants:
-            tally.settle(end)
+            tally.settle(end.cell, end.attempt, end.outcome, end.mends)
     return tally
+
+
+def _attempts(tally: Tally, log: CallLog, evidence: Evidence) -> None:
+    """What SQLite counts by itself."""
+    served_as = {one.name: one.served_as for one in evidence.run.process.settings.panel.annotators}
+    for some in log.attempts():
+        tally.attempts += some.attempts
+        tally.outcomes[some.outcome] += some.attempts
+        who = (some.annotator, some.origin, some.requested_model, some.served_model)
+        tally.served.setdefault(who, Served(*who, served_as.get(some.annotator))).note(some)
+    for count in log.counts():
+        tally.used.setdefault((count.annotator, count.origin), Used(count.annotator, count.origin)).note(count)
+        if count.origin != "live" and count.outcome not in VALID:
+            tally.used[count.annotator, count.origin].uncounted += count.attempts
+    for used in tally.used.values():
+        if used.origin == "live":
+            usage = log.usage(used.annotator)
+            used.uncounted = usage.attempts - usage.counted
+    for asked in log.asked():
+        tally.params[asked.annotator, asked.params_requested, asked.params_sent] += asked.attempts
 
 
 @dataclass(frozen=True)
