@@ -1,0 +1,75 @@
+"""A comparison in words and printed numbers, the same on the terminal and on the page."""
+
+from __future__ import annotations
+
+from sp2dpo.compare.moves import ELSEWHERE, MOVED, Lone, LonePair, Moved, Moves
+from sp2dpo.compare.overview import RunRow
+from sp2dpo.report.cards import visible
+from sp2dpo.report.numbers import dec, percent, signed
+from sp2dpo.schedule import EXCLUSIONS
+
+__all__ = ["headline", "lacking", "named", "panel_of", "summary", "transitions"]
+
+
+def named(pair: Moved | LonePair) -> str:
+    """The source's id, or the start of the pair's own where the source has none."""
+    return pair.pair_id[:12] if pair.prompt_id == pair.pair_id else visible(pair.prompt_id)[:60]
+
+
+def panel_of(run: RunRow) -> str:
+    """Who was asked, and how often."""
+    return f"{', '.join(run.annotators)} × {', '.join(run.variants)}"
+
+
+def headline(moves: Moves) -> str:
+    """Which pairs there are."""
+    one, other = moves.labels
+    told = f"{moves.both:,} pairs have a β in both, {moves.lost.n:,} only in {one}, {moves.gained.n:,} only in {other}."
+    return told if moves.both else f"{told} With no pair in common there is nothing to compare."
+
+
+def summary(moves: Moves) -> list[str]:
+    """How far β moved, which category most, and how many pairs changed theirs; nothing if no pair is in both."""
+    change, (one, other) = moves.all, moves.labels
+    if not moves.both:
+        return []
+    if not moves.moved_most:
+        said = [f"No β differs between {one} and {other}."]
+    else:
+        rank = "" if moves.spearman is None else f"; the rank correlation (Spearman) is {dec(moves.spearman, 3)}"
+        said = [
+            f"From {one} to {other}, β changes by {signed(change.mean)} in the mean and by {dec(change.mean_absolute)} "
+            f"in the mean of absolute values; {percent(change.moved)} of the pairs move by more than {MOVED} "
+            f"({percent(change.up)} up, {percent(change.down)} down){rank}.",
+            _most_moved_category(moves),
+        ]
+    changed = sum(n for _, _, n in transitions(moves))
+    if changed == 1:
+        return [*said, "1 pair changes its category."]
+    return [*said, f"{changed:,} pairs change their category." if changed else "No pair changes its category."]
+
+
+def _most_moved_category(moves: Moves) -> str:
+    most = max((each for each in moves.categories if each.n), key=lambda each: each.mean_absolute or 0.0)
+    return (
+        f"{most.name} moves most: mean β {dec(most.beta_one)} → {dec(most.beta_other)}, "
+        f"mean |Δβ| {dec(most.mean_absolute)} over {most.n:,} pairs."
+    )
+
+
+def transitions(moves: Moves) -> list[tuple[str, str, int]]:
+    """Category in the first run, in the other, and how many pairs, where these differ; the most frequent first."""
+    changed = [(each.name, to, n) for each in moves.categories for to, n in each.to.items() if n and to != each.name]
+    return sorted(changed, key=lambda each: -each[2])
+
+
+def lacking(lone: Lone, other: str) -> list[tuple[int, str]]:
+    """How many of the pairs the other run has not, and why; the reason in brackets is that of excluded.csv."""
+    return [(n, _why(reason, other)) for reason, n in lone.reasons.items()]
+
+
+def _why(reason: str, other: str) -> str:
+    if reason == ELSEWHERE:
+        return f"not in the source of {other}"
+    meaning = EXCLUSIONS.get(reason)
+    return f"left out of {other}: {meaning} ({reason})" if meaning else f"left out of {other} ({visible(reason)})"
