@@ -168,7 +168,15 @@ def _link(path: Path) -> str:
 
 
 def cli_page() -> str:
-    return page("cli.md", commands=list(typer.main.get_command(cli.app).commands), help=_help)
+    return page("cli.md", commands=list(_commands(typer.main.get_command(cli.app))), help=_help)
+
+
+def _commands(group: Any, *above: str) -> Iterator[tuple[str, ...]]:
+    """The words of each command, those of a group after the group."""
+    for name, command in group.commands.items():
+        yield (*above, name)
+        if hasattr(command, "commands"):
+            yield from _commands(command, *above, name)
 
 
 def _help(*command: str) -> str:
@@ -208,6 +216,7 @@ def columns_page() -> str:
         paper_columns=paper_columns(),
         exclusion_reasons=schedule.EXCLUSIONS,
         manifest_facts=_fact_rows(),
+        checklist_parts=_checklist_parts(),
     )
 
 
@@ -248,6 +257,13 @@ def manifest_facts() -> dict[str, set[str]]:
         names = {str(keyword.arg) for call in writes for keyword in call.keywords}
         found[path.relative_to(PACKAGE).as_posix()] = names - {"files", "inputs", "lambda_hash"}
     return found
+
+
+def _checklist_parts() -> list[str]:
+    """Keys of what `checklist.checklist` returns."""
+    body = next(n for n in _tree(PACKAGE / "checklist.py").body if getattr(n, "name", "") == "checklist")
+    made = next(n.value for n in ast.walk(body) if isinstance(n, ast.Return) and isinstance(n.value, ast.Dict))
+    return [str(ast.literal_eval(key)) for key in made.keys if key]
 
 
 def _fact_rows() -> list[tuple[str, str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import signal
@@ -9,13 +10,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+import yaml
 
 from conftest import GOOD, Sp2dpo, completion, rows, teacher, write_process
 from sp2dpo import cli
 from sp2dpo.calls import open_calls
+from sp2dpo.cli import ask, make
 from sp2dpo.pairs import read_pairs
 from sp2dpo.process import load_process
 from sp2dpo.runs import open_run
@@ -53,6 +57,14 @@ def test_the_help_of_every_command_says_what_it_does_and_gives_an_example(sp2dpo
     ran = sp2dpo(name, "--help")
     assert ran.code == 0
     assert f"sp2dpo {name} " in ran.out.rsplit("Options", 1)[-1]
+
+
+@pytest.mark.parametrize("module", [ask, make])
+def test_what_a_command_does_fits_its_line_of_the_help_at_80_columns(module: ModuleType) -> None:
+    ours = [c.callback for c in cli.app.registered_commands if c.callback and c.callback.__module__ == module.__name__]
+    assert ours
+    for command in ours:
+        assert len((command.__doc__ or "").splitlines()[0]) <= 60
 
 
 def test_help_and_version_go_to_stdout(sp2dpo: Sp2dpo) -> None:
@@ -115,6 +127,73 @@ def test_the_command_for_the_rest_asks_for_just_the_rest(sp2dpo: Sp2dpo, tmp_pat
         server.asked.clear()
         assert sp2dpo(*command.split()[1:]).code == 0
         assert len(server.asked) == 2
+
+
+LACKING = "the recording of 'old' (pinned in λ) has no valid answer to 1 question: "
+
+
+@pytest.mark.parametrize(
+    ("schedule", "out"),
+    [
+        ({}, "pairs without all answers are left out; schedule.min_calls in a new process would use what they have"),
+        ({"min_calls": 1}, "pairs with fewer than 1 valid answers (schedule.min_calls) are left out"),
+    ],
+)
+def test_what_a_recording_lacks_is_said_and_not_offered_to_be_asked_for(
+    sp2dpo: Sp2dpo, tmp_path: Path, schedule: dict[str, int], out: str
+) -> None:
+    path = recorded_process(tmp_path / "p", n=4, answered=3, schedule=schedule)
+    ran = sp2dpo("annotate", path)
+    assert ran.code == 1
+    assert ran.err.splitlines()[-1] == f"sp2dpo: 1 answer is missing; {LACKING}{out}"
+    ran = sp2dpo("run", path)
+    assert ran.code == 0
+    assert f"          1 answer is missing; {LACKING}{out}\n" in ran.err
+    assert "ask for" not in ran.err
+
+
+def test_beside_a_recording_that_lacks_answers_only_the_failures_of_who_is_asked_are_asked_again(
+    sp2dpo: Sp2dpo, tmp_path: Path
+) -> None:
+    recording = yaml.safe_load(recorded_process(tmp_path / "p", n=4, answered=3).read_text())["panel"]["annotators"][0]
+    faults = {"question 1": completion("?"), "question 2": completion(None)}
+
+    def choosy(asked: Asked) -> Answer:
+        return next((answer for text, answer in faults.items() if text in asked.text), completion())
+
+    with teacher_server(choosy) as server:
+        panel = {"annotators": [recording, teacher(base_url=server.base_url)]}
+        path = write_process(tmp_path / "p", rows(4), panel=panel)
+        first = sp2dpo("annotate", path)
+        assert first.err.splitlines()[-1].startswith(f"sp2dpo: 3 answers are missing; {LACKING}")
+        command = first.err.rstrip().rpartition("; ask for the other 2 with: ")[2]
+        assert command == f"sp2dpo annotate {path} --retry empty --retry no_object"
+        faults.clear()
+        second = sp2dpo(*command.split()[1:])
+    assert second.code == 1
+    assert second.err.splitlines()[-1].startswith(f"sp2dpo: 1 answer is missing; {LACKING}")
+    assert "ask for" not in second.err
+
+
+def test_answers_of_a_recording_that_were_not_read_yet_are_not_lacking(sp2dpo: Sp2dpo, tmp_path: Path) -> None:
+    path = recorded_process(tmp_path / "p", n=4)
+    ran = sp2dpo("annotate", path, "--retry", "empty")
+    assert ran.err.endswith(f"sp2dpo: 4 answers are missing; ask for them with: sp2dpo annotate {path}\n")
+    assert sp2dpo("annotate", path).code == 0
+
+
+@pytest.mark.parametrize("name", ["matplotlib", "krippendorff", "sklearn"])
+def test_a_run_without_a_package_of_its_report_ends_before_anything_is_asked(
+    sp2dpo: Sp2dpo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    path = recorded_process(tmp_path / "p")
+    monkeypatch.setattr(make, "find_spec", lambda module: None if module == name else importlib.util.find_spec(module))
+    ran = sp2dpo("run", path)
+    assert ran.code == 2
+    assert is_one_line(ran.err)
+    assert f"(no module '{name}')" in ran.err
+    assert "pip install 'sp2dpo[report]'" in ran.err
+    assert not Path("runs/small/calls.sqlite").exists()
 
 
 @pytest.mark.parametrize(
@@ -241,8 +320,11 @@ def test_json_is_one_object_on_stdout_and_talk_is_on_stderr(sp2dpo: Sp2dpo, tmp_
     assert json.loads(annotated.out) == {
         "questions": 4,
         "valid": 3,
+        "predicted": 0,
+        "notes": [],
         "missing": 1,
         "missing_by_cause": {"not_recorded": 1},
+        "lacking": {"old": {"not_recorded": 1}},
         "attempts": 4,
         "live": 0,
         "calls": 0,
@@ -263,7 +345,8 @@ def test_json_is_one_object_on_stdout_and_talk_is_on_stderr(sp2dpo: Sp2dpo, tmp_
     scheduled = sp2dpo("schedule", path, "--json")
     assert json.loads(scheduled.out)["scheduled"] == 3
     assert json.loads(scheduled.out)["excluded"] == 1
-    assert "1 rows excluded" in scheduled.err
+    assert "3 pairs with β" in scheduled.err
+    assert "1 row excluded" in scheduled.err
 
 
 def test_a_whole_run_gives_one_object_too(sp2dpo: Sp2dpo, tmp_path: Path) -> None:
@@ -298,6 +381,13 @@ def test_an_estimate_asks_nothing(sp2dpo: Sp2dpo, tmp_path: Path, command: list[
     assert not Path("runs/small/calls.sqlite").exists()
 
 
+def test_one_of_a_thing_is_not_said_in_the_plural(sp2dpo: Sp2dpo, tmp_path: Path) -> None:
+    path = recorded_process(tmp_path / "p", n=1)
+    assert "prepare   1 row → 1 pair (" in sp2dpo("annotate", path).err
+    assert "schedule  1 pair with β in" in sp2dpo("schedule", path).err
+    assert sp2dpo("cost", path).out.startswith("1 pair, 0 calls, 1 recorded answer\n")
+
+
 def test_a_limit_and_then_none_goes_on_where_the_first_stopped(sp2dpo: Sp2dpo, tmp_path: Path) -> None:
     path = recorded_process(tmp_path / "p", n=5)
     first = json.loads(sp2dpo("annotate", path, "--limit", 2, "--json").out)
@@ -323,3 +413,14 @@ def test_a_process_that_changed_is_not_mixed_into_an_old_run(sp2dpo: Sp2dpo, tmp
     assert ran.code == 2
     assert is_one_line(ran.err)
     assert "different: schedule.beta_max" in ran.err
+
+
+def test_a_command_that_keeps_nothing_does_not_say_that_it_goes_on(
+    sp2dpo: Sp2dpo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sp2dpo.verify.verify", interrupted)
+    ran = sp2dpo("verify", tmp_path)
+    assert (ran.code, ran.err.splitlines()[-1]) == (130, "sp2dpo: interrupted; the same command begins anew")

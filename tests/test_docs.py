@@ -10,10 +10,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import typer
-from click import Command
 
 from sp2dpo import cli
 from sp2dpo.ensemble import median_over_prompts
@@ -200,13 +200,15 @@ def _commands(page: Path) -> Iterator[str]:
 
 def _unknown(command: str) -> list[str]:
     """Words of a command line that the command line does not know: its verb, or options of that verb."""
-    group = typer.main.get_command(cli.app)
-    first, *rest = shlex.split(command)
-    verb: Command | None = group if first.startswith("-") else group.commands.get(first)  # type: ignore[attr-defined]
-    if verb is None:
-        return [first]
+    verb: Any = typer.main.get_command(cli.app)
+    rest = shlex.split(command)
+    while hasattr(verb, "commands") and rest and not rest[0].startswith("-"):
+        name = rest.pop(0)
+        if name not in verb.commands:
+            return [name]
+        verb = verb.commands[name]
     known = {"--help", *(name for parameter in verb.params for name in parameter.opts)}
-    return [word for word in (first, *rest) if word.startswith("-") and word.partition("=")[0] not in known]
+    return [word for word in rest if word.startswith("-") and word.partition("=")[0] not in known]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=_page_name)
@@ -216,5 +218,8 @@ def test_every_command_named_exists_with_its_options(page) -> None:
 
 def test_a_command_or_option_that_does_not_exist_is_seen(tmp_path) -> None:
     page = tmp_path / "page.md"
-    page.write_text("Say `sp2dpo anotate p.yaml`, or:\n```sh\n$ sp2dpo run p.yaml --limit 3 --fast  # quick\n```\n")
-    assert [_unknown(command) for command in _commands(page)] == [["--fast"], ["anotate"]]
+    page.write_text(
+        "Say `sp2dpo anotate p.yaml`, or `sp2dpo audit erors RUN`:\n"
+        "```sh\n$ sp2dpo run p.yaml --limit 3 --fast  # quick\n```\n"
+    )
+    assert [_unknown(command) for command in _commands(page)] == [["--fast"], ["anotate"], ["erors"]]

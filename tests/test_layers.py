@@ -17,12 +17,12 @@ SOURCE = Path(sp2dpo.__file__).parent
 LAYERS = {
     0: ("errors", "hashing", "tables", "progress", "yamls"),
     1: ("rubric", "reply", "decision", "ensemble", "temperature", "loss", "rlhf", "score", "cost"),
-    2: ("settings", "prompts", "process", "pairs", "calls", "llm", "providers", "runs"),
+    2: ("settings", "prompts", "process", "pairs", "calls", "llm", "providers", "predictor", "runs"),
     3: ("annotate",),
     4: ("gaps", "schedule"),
-    5: ("stages", "evidence", "verify", "train"),
+    5: ("stages", "evidence", "verify", "train", "checklist"),
     6: ("audit", "distill", "report", "publish", "compare"),
-    7: ("cli",),
+    7: ("cli", "__main__"),
 }
 """Rooms by layer; a room is a module or package directly below sp2dpo, and imports only from its own layer or below."""
 
@@ -31,8 +31,10 @@ EXCEPTIONS = {
 }
 
 HEAVY = {
-    **{name: {"loss", "train"} for name in ("torch", "trl", "transformers", "datasets", "peft", "accelerate")},
-    "matplotlib": {"report"},
+    **{name: {"loss", "train"} for name in ("trl", "datasets", "peft", "accelerate")},
+    **{name: {"loss", "train", "predictor.embed"} for name in ("torch", "transformers")},
+    "matplotlib": {"report", "publish.picture"},
+    "tokenizers": {"train", "report.texts"},
     "sklearn": {"audit", "distill"},
     "krippendorff": {"audit"},
     "ray": {"annotate.on_ray", "annotate.ray_nodes"},

@@ -5,16 +5,29 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterable
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Column
+from rich.text import Text
 
 __all__ = ["Progress"]
 
 PLAIN_EVERY_S = 30.0
 REDRAW_EVERY_S = 0.1
+
+
+class _Bar(RichProgress):
+    """With the notes below the bar; on a narrow terminal the bar itself shrinks, so that count and times are whole."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        for task in self.tasks:
+            if task.fields["notes"]:
+                yield Text(task.fields["notes"])
 
 
 class Progress:
@@ -32,14 +45,13 @@ class Progress:
     def _rich(self) -> RichProgress:
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TimeElapsedColumn(table_column=Column(no_wrap=True)),
             TextColumn("eta"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[notes]}", markup=False),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
         )
-        bar = RichProgress(*columns, console=Console(stderr=True), transient=False)
+        bar = _Bar(*columns, console=Console(stderr=True), transient=False)
         bar.add_task(self._what, total=self._total, completed=self._done, notes="")
         return bar
 
@@ -60,7 +72,7 @@ class Progress:
             self._failures[outcome] += 1
 
     def say(self, about: str, words: str) -> None:
-        """Words to stand beside the bar; empty words take them away."""
+        """Words to stand below the bar; empty words take them away."""
         self._words[about] = words
         self.tick()
 

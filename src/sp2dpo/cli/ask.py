@@ -31,6 +31,7 @@ __all__ = [
     "TransportName",
     "ask_panel",
     "cost",
+    "counted",
     "how_to_go_on",
     "options_of",
     "prepare_pairs",
@@ -119,7 +120,7 @@ def cost(
     folder = run_dir or Path("runs") / one.settings.name
     made = estimate(one, run_dir=folder if _belongs(folder, one) else None, limit=limit)
     if pilot is not None and limit is None:
-        made.write(folder)
+        made.write(folder, one.lambda_hash)
     if as_json:
         give(made.as_json(), True)
     else:
@@ -134,7 +135,9 @@ def _belongs(folder: Path, process: Process) -> bool:
 
 
 def _show_estimate(made: Estimate) -> None:
-    print(f"{made.pairs:,} pairs, {made.calls:,} calls, {made.recorded_answers:,} recorded answers")
+    predicted = f", {made.predicted_answers:,} predicted" if made.predicted_answers else ""
+    recorded = counted(made.recorded_answers, "recorded answer")
+    print(f"{counted(made.pairs, 'pair')}, {counted(made.calls, 'call')}, {recorded}{predicted}")
     table = Table("annotator", box=SIMPLE_HEAD)
     for name in ("calls", "tokens in", "out", "hidden", "USD", "as batch"):
         table.add_column(name, justify="right")
@@ -156,7 +159,7 @@ def _usd(amount: float | None) -> str:
 
 @app.command(epilog="sp2dpo preflight process.yaml")
 def preflight(process: ProcessPath, as_json: AsJson = False) -> None:
-    """Keys, models, parameters and JSON mode: one paid call for each annotator."""
+    """One paid call per annotator: key, model, JSON mode."""
     from sp2dpo.annotate.preflight import preflight as preflight_checks
     from sp2dpo.process import load_process
 
@@ -205,7 +208,7 @@ def annotate(
     if as_json:
         give(account.as_json(), True)
     if account.missing:
-        raise Unfinished(how_to_go_on(account))
+        raise Unfinished(how_to_go_on(run, account))
 
 
 def options_of(
@@ -252,7 +255,8 @@ def prepare_pairs(run: Run) -> None:
     manifest = prepare_run(run)
     counts = manifest["counts"]
     dropped = ", ".join(f"{name} {n:,}" for name, n in counts.items() if name not in ("raw", "kept"))
-    say(f"prepare   {counts['raw']:,} rows → {counts['kept']:,} pairs ({dropped or 'none dropped'})  {run.pairs}")
+    rows, pairs = counted(counts["raw"], "row"), counted(counts["kept"], "pair")
+    say(f"prepare   {rows} → {pairs} ({dropped or 'none dropped'})  {run.pairs}")
 
 
 def ask_panel(run: Run, options: Mapping[str, Any]) -> Account:
@@ -260,14 +264,43 @@ def ask_panel(run: Run, options: Mapping[str, Any]) -> Account:
     from sp2dpo.annotate.run import annotate as annotate_run
 
     account = annotate_run(run, **options)
+    if account.missing:
+        account.settle_recordings(run, limit=options.get("limit"), sample=options.get("sample"))
     say(f"annotate  {account.valid:,} of {account.questions:,} questions have a valid answer  {run.calls}")
     for line in account.lines():
         say(f"          {line}")
     return account
 
 
-def how_to_go_on(account: Account) -> str:
-    """The command that asks for what is missing: this one, and if nothing was left unasked, for the failures only."""
+def how_to_go_on(run: Run, account: Account) -> str:
+    """What becomes of the answers that are missing: what a recording lacks stays missing, the rest can be asked for."""
+    said = [_missing(account.missing)]
+    if account.lacking:
+        said.append(_lacking(run, account))
+    if account.missing_of_asked:
+        said.append(_asking_again(account))
+    return "; ".join(said)
+
+
+def _missing(n: int) -> str:
+    return "1 answer is missing" if n == 1 else f"{n:,} answers are missing"
+
+
+def _lacking(run: Run, account: Account) -> str:
+    lacks = ", ".join(
+        f"the recording of '{name}' (pinned in λ) has no valid answer to {counted(causes.total(), 'question')}"
+        for name, causes in account.lacking.items()
+    )
+    least = run.process.settings.schedule.min_calls
+    if least is None:
+        out = "pairs without all answers are left out; schedule.min_calls in a new process would use what they have"
+    else:
+        out = f"pairs with fewer than {least} valid answers (schedule.min_calls) are left out"
+    return f"{lacks}: {out}"
+
+
+def _asking_again(account: Account) -> str:
+    """The command for it: this one, and if nothing was left unasked, for the failures only."""
     words = list(ARGUMENTS)
     while "--retry" in words:
         at = words.index("--retry")
@@ -275,7 +308,14 @@ def how_to_go_on(account: Account) -> str:
     if words[:1] == ["annotate"]:
         words += account.retry_flags()
     mended = "once that is mended, " if account.stopped or (account.stopped_all and not account.over_budget) else ""
-    return f"{account.missing:,} answers are missing; {mended}ask for them with: {shlex.join(['sp2dpo', *words])}"
+    n = account.missing_of_asked.total()
+    them = f"the other {n:,}" if account.lacking else "it" if n == 1 else "them"
+    return f"{mended}ask for {them} with: {shlex.join(['sp2dpo', *words])}"
+
+
+def counted(n: int, what: str) -> str:
+    """`1 pair`, `2 pairs`."""
+    return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
 
 
 AnnotatorName = Annotated[
@@ -291,13 +331,13 @@ def export(
     annotator: AnnotatorName = None,
     limit: Limit = None,
 ) -> None:
-    """Open questions as the input of a batch, to be answered elsewhere."""
+    """Open questions as a batch file, to answer elsewhere."""
     from sp2dpo.annotate.exchange import export_open
 
     run = open_run(process, run_dir)
     prepare_pairs(run)
     calls = export_open(run, output, annotator=annotator, limit=limit)
-    say(f"export    {calls:,} questions  {output}")
+    say(f"export    {counted(calls, 'question')}  {output}")
 
 
 @app.command("import", epilog="sp2dpo import process.yaml answers.jsonl --annotator qwen")
@@ -311,7 +351,7 @@ def import_(
     limit: Limit = None,
     as_json: AsJson = False,
 ) -> None:
-    """Answers made elsewhere into the call log, read as if they were asked for."""
+    """Answers made elsewhere, read as if they were asked for."""
     from sp2dpo.annotate.exchange import import_answers
 
     run = open_run(process, run_dir)

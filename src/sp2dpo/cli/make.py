@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from sp2dpo.cli import ask
 from sp2dpo.cli.terminal import AsJson, Limit, ProcessPath, RunDir, RunDirPath, app, give, open_run, say
@@ -26,8 +28,8 @@ def _schedule(run: Run) -> dict[str, Any]:
     beta = made.schedule["beta"].to_numpy()
     n, out = made.schedule.num_rows, made.excluded.num_rows
     say(
-        f"schedule  {n:,} pairs with β in [{beta.min():.4f}, {beta.max():.4f}], mean {beta.mean():.4f}; "
-        f"{out:,} rows excluded  {run.schedule}"
+        f"schedule  {ask.counted(n, 'pair')} with β in [{beta.min():.4f}, {beta.max():.4f}], mean {beta.mean():.4f}; "
+        f"{ask.counted(out, 'row')} excluded  {run.schedule}"
     )
     if len(set(made.kinds.values())) > 1:
         listed = ", ".join(f"{name} {kind}" for name, kind in made.kinds.items())
@@ -45,7 +47,7 @@ def verify(run_dir: RunDirPath) -> None:
 def _verify(run_dir: Path, out: Callable[[str], Any]) -> None:
     from sp2dpo.verify import verify as verify_run
 
-    for line in verify_run(run_dir):
+    for line in verify_run(run_dir, workers=None):
         out(line)
 
 
@@ -71,19 +73,24 @@ def _train(run: Run, limit: int | None, as_json: bool, *, data: bool = False) ->
         give({one.method: one.metrics.get("train_loss") for one in trained}, as_json, "mean training loss")
 
 
-@app.command(epilog="sp2dpo report runs/quickstart")
-def report(run_dir: RunDirPath) -> None:
+MaxMb = Annotated[
+    float, typer.Option(min=0.1, help="Size of the file in MB (10⁶ bytes); texts of pairs that do not fit are cut.")
+]
+
+
+@app.command(epilog="sp2dpo report runs/quickstart --max-mb 50")
+def report(run_dir: RunDirPath, max_mb: MaxMb = 20.0) -> None:
     """One self-contained HTML file about a run."""
-    _report(run_dir)
+    _report(run_dir, max_mb)
 
 
-def _report(run_dir: Path) -> None:
+def _report(run_dir: Path, max_mb: float = 20.0) -> None:
     try:
         from sp2dpo.report.build import build_report
     except ModuleNotFoundError as error:
         raise MissingExtra(f"sp2dpo report (no module '{error.name}')", "report") from error
 
-    say(f"report    {build_report(run_dir)}")
+    say(f"report    {build_report(run_dir, max_mb)}")
 
 
 @app.command(epilog="sp2dpo run examples/quickstart/process.yaml")
@@ -100,7 +107,7 @@ def run(
     dry_run: ask.DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """All of these in order; what is done is not repeated."""
+    """All arrows down to here; what is done is not repeated."""
     if dry_run:
         ask.cost(process, run_dir, limit, as_json=as_json)
         return
@@ -109,13 +116,13 @@ def run(
     ask.prepare_pairs(one)
     account = ask.ask_panel(one, ask.options_of(limit, concurrency, transport, budget_usd, rpm, tpm, reuse))
     if account.stopped or account.stopped_all:
-        raise Unfinished(ask.how_to_go_on(account))
+        raise Unfinished(ask.how_to_go_on(one, account))
     if account.missing:
-        say(f"          {ask.how_to_go_on(account)}")
+        say(f"          {ask.how_to_go_on(one, account)}")
     scheduled = _schedule(one)
     checked: list[str] = []
     _verify(one.path, checked.append)
-    say(f"verify    {len(checked)} checks, all equal")
+    say(f"verify    {ask.counted(len(checked), 'check')}, all equal")
     if one.process.settings.train is not None:
         _train(one, None, as_json=False)
     else:
@@ -127,8 +134,9 @@ def run(
 
 def _check_extras(run: Run) -> None:
     """What the later arrows need, before the first one costs anything."""
-    if find_spec("matplotlib") is None:
-        raise MissingExtra("sp2dpo run ends with a report, which", "report")
+    for name in ("matplotlib", "krippendorff", "sklearn"):
+        if find_spec(name) is None:
+            raise MissingExtra(f"sp2dpo run ends with a report, which (no module '{name}')", "report")
     train = run.process.settings.train
     if train is not None:
         for name in ("torch", "trl", "peft", "datasets"):
