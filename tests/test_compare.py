@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import functools
 import json
-import os
 import re
 import shutil
 import statistics
@@ -21,10 +20,10 @@ import krippendorff
 import pytest
 import yaml
 from axe_playwright_python.sync_playwright import Axe
-from playwright import sync_api
 from scipy.stats import spearmanr
 
 from conftest import Sp2dpo
+from report_browser import chromium, needs_chromium
 from report_runs import HOSTILE, judged, make_run, pair
 from sp2dpo.annotate.run import annotate
 from sp2dpo.cli.compare_tables import print_comparison
@@ -408,13 +407,6 @@ def test_what_a_prompt_id_holds_does_not_reach_the_terminal_as_it_is(sp2dpo: Sp2
 # The page -----------------------------------------------------------------------------------------------------------
 
 
-CHROMIUM = shutil.which("chromium")
-FLAGS = ("no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking")
-needs_browser = pytest.mark.skipif(
-    CHROMIUM is None and not os.environ.get("CI"), reason="no chromium on the PATH: apt-get install chromium"
-)
-
-
 @pytest.fixture(scope="module")
 def hostile_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Hostile pairs; two runs with other answers, other panels and one with another pair."""
@@ -429,10 +421,8 @@ def hostile_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def browser(hostile_page: Path, runs: dict[str, Run]) -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=[f"--{flag}" for flag in FLAGS])
-        yield chromium
-        chromium.close()
+    with chromium() as opened:
+        yield opened
 
 
 @pytest.fixture
@@ -461,7 +451,7 @@ def _dismiss(seen: list[str], dialog: Any) -> None:
     dialog.dismiss()
 
 
-@needs_browser
+@needs_chromium
 @pytest.mark.parametrize("width", [390, 1366])
 def test_the_page_asks_for_nothing_runs_nothing_and_stays_within_its_width(
     open_page: Any, hostile_page: Path, width: int
@@ -474,7 +464,7 @@ def test_the_page_asks_for_nothing_runs_nothing_and_stays_within_its_width(
     assert "<script>alert(1)</script>" in page.locator(".side .text").first.inner_text()
 
 
-@needs_browser
+@needs_chromium
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_no_violation(open_page: Any, hostile_page: Path, scheme: str) -> None:
     page, _ = open_page(hostile_page, 1366, scheme)
@@ -482,7 +472,7 @@ def test_axe_finds_no_violation(open_page: Any, hostile_page: Path, scheme: str)
     assert found.response["violations"] == [], found.generate_report()
 
 
-@needs_browser
+@needs_chromium
 def test_every_chart_has_its_own_sentence_and_ids(open_page: Any, hostile_page: Path) -> None:
     page, _ = open_page(hostile_page)
     alts = page.eval_on_selector_all("figure [role=img]", "all => all.map(one => one.getAttribute('aria-label'))")
@@ -491,7 +481,7 @@ def test_every_chart_has_its_own_sentence_and_ids(open_page: Any, hostile_page: 
     assert len(ids) == len(set(ids))
 
 
-@needs_browser
+@needs_chromium
 def test_the_page_shows_the_numbers_of_the_comparison(open_page: Any, runs: dict[str, Run], tmp_path: Path) -> None:
     compared = write_page([runs["first"].path, runs["later"].path], tmp_path / "page.html")
     page, _ = open_page(tmp_path / "page.html")

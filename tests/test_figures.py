@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -15,10 +14,10 @@ from typing import Any
 import huggingface_hub.constants
 import numpy as np
 import pytest
-from playwright import sync_api
 from scipy import stats
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from report_browser import chromium, needs_chromium
 from report_runs import HOSTILE, judged, make_run, pair
 from sp2dpo.evidence import Evidence, read_evidence
 from sp2dpo.report import charts, figures, hexagons
@@ -31,7 +30,6 @@ from sp2dpo.runs import Run
 from sp2dpo.settings import Envelope
 
 CATEGORIES = ("Safety", "Factuality", "Instruction", "Reasoning", "Helpfulness", "Style")
-CHROMIUM = shutil.which("chromium")
 LARGEST = 60_000
 """Bytes of one chart."""
 
@@ -544,13 +542,11 @@ def test_figures_are_written_in_order_and_stale_ones_go(run: Run, told: dict[str
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        yield chromium
-        chromium.close()
+    with chromium() as opened:
+        yield opened
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH: apt-get install chromium")
+@needs_chromium
 def test_a_figure_alone_in_a_browser_shows_its_text_within_its_edges(
     run: Run, told: dict[str, Chart], browser: Any
 ) -> None:
