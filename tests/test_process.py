@@ -128,8 +128,9 @@ def test_a_value_that_does_not_fit_is_refused_by_the_name_of_its_key(tmp_path: P
 
 def test_a_key_given_twice_is_named(tmp_path: Path) -> None:
     path = write_process(tmp_path)
-    path.write_text(path.read_text() + "name: other\n")
-    assert "'name' is given twice" in refused(path)
+    text = path.read_text()
+    path.write_text(text + "name: other\n")
+    assert f"'name' is given twice, again in line {text.count(chr(10)) + 1}" in refused(path)
 
 
 def test_a_learning_rate_without_a_point_is_a_number(tmp_path: Path) -> None:

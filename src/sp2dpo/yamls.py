@@ -15,7 +15,8 @@ class _Yaml(yaml.SafeLoader):
         seen = [str(key.value) for key, _ in node.value]
         twice = sorted({key for key in seen if seen.count(key) > 1})
         if twice:
-            raise yaml.YAMLError(f"key '{twice[0]}' is given twice, line {node.start_mark.line + 1}")
+            again = [key.start_mark.line + 1 for key, _ in node.value if str(key.value) == twice[0]][1]
+            raise yaml.YAMLError(f"key '{twice[0]}' is given twice, again in line {again}")
         return super().construct_mapping(node, deep)
 
 
