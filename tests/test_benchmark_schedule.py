@@ -18,5 +18,5 @@ def test_every_measurement_runs_and_bare_numpy_reads_the_answers_that_there_are(
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     notes = [re.split(r" ?\| ?", line)[-2] for line in printed.splitlines() if line.startswith("|")][2:]
     assert notes[0].startswith("1,797 answers")
-    assert notes[2].startswith("schedule  197 β from the log; with 3 excluded")
+    assert notes[2].startswith("schedule 197 β from the log; with 3 excluded")
     assert not [note for note in notes if "failed" in note]
