@@ -15,8 +15,8 @@ import sp2dpo
 SOURCE = Path(sp2dpo.__file__).parent
 
 LAYERS = {
-    0: ("errors", "hashing", "tables", "progress", "yamls"),
-    1: ("rubric", "reply", "decision", "ensemble", "temperature", "loss", "rlhf", "score", "cost"),
+    0: ("errors", "hashing", "tables", "progress", "yamls", "numbers"),
+    1: ("rubric", "reply", "decision", "ensemble", "temperature", "loss", "rlhf", "score", "cost", "correlation"),
     2: ("settings", "prompts", "process", "pairs", "calls", "llm", "providers", "predictor", "runs"),
     3: ("annotate",),
     4: ("gaps", "schedule"),

@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 
 from report_runs import HOSTILE, by_number, judged, make_run, pair, put_margins, with_predictor
-from sp2dpo.audit.agreement import correlation
 from sp2dpo.audit.sample import draw
 from sp2dpo.audit.score import score, write_score
 from sp2dpo.audit.sheet import read_sheet, write_sheet
 from sp2dpo.calls import Call, open_calls, open_ledger
+from sp2dpo.correlation import correlation
 from sp2dpo.errors import RunDirError
 from sp2dpo.evidence import read_evidence
 from sp2dpo.hashing import sha256_file

@@ -257,6 +257,11 @@ class Panel(_Settings):
         """The annotators that are asked over the network."""
         return [annotator for annotator in self.annotators if annotator.asked]
 
+    @property
+    def predictors(self) -> tuple[str, ...]:
+        """Names of the annotators that are local predictors: one voice each, whatever the prompt."""
+        return tuple(annotator.name for annotator in self.annotators if annotator.kind == "distilled")
+
     @model_validator(mode="after")
     def _names_differ(self) -> Panel:
         for what, names in (("annotators", [a.name for a in self.annotators]), ("variants", list(self.variants))):

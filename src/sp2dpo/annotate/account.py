@@ -12,6 +12,7 @@ from sp2dpo.annotate.plan import NEVER_ASKED, Plan, Standing
 from sp2dpo.annotate.teacher import Teacher
 from sp2dpo.calls import VALID, Call, Ledger, open_calls
 from sp2dpo.llm import Request
+from sp2dpo.numbers import some
 from sp2dpo.progress import Progress
 from sp2dpo.runs import Run
 from sp2dpo.tables import write_manifest
@@ -104,7 +105,7 @@ class Account:
         """What there is to say, a line for each."""
         if self.live:
             spent = "" if self.spent_usd is None else f", ${self.cost_usd:,.4f} (${self.spent_usd:,.4f} in all)"
-            yield f"{_n(self.calls, 'call')} made{spent}"
+            yield f"{some(self.calls, 'call')} made{spent}"
         taken = {
             "recorded answers read": self.recorded,
             "answers taken over": self.reused,
@@ -130,10 +131,6 @@ class Account:
     def as_json(self) -> dict[str, Any]:
         """All of it, for `--json`."""
         return {**vars(self), "missing": self.missing}
-
-
-def _n(count: int, what: str) -> str:
-    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
 def _list(counts: Counter[str]) -> str:

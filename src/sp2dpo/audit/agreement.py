@@ -18,6 +18,7 @@ import krippendorff
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from sp2dpo.correlation import correlation, rank_correlation
 from sp2dpo.ensemble import additive_fit, robust_median
 from sp2dpo.evidence import Array, Evidence, mean
 from sp2dpo.rubric import CATEGORIES
@@ -33,11 +34,9 @@ __all__ = [
     "agreement_of",
     "category_codes",
     "compare",
-    "correlation",
     "interval_alpha",
     "majority_codes",
     "nominal_alpha",
-    "rank_correlation",
 ]
 
 RESAMPLES: Final = 500
@@ -167,7 +166,7 @@ def agreement(evidence: Evidence) -> AgreementReport:
         evidence.gap_ij,
         majority_codes(evidence),
         0.0 if debias is None else debias,
-        [annotator.name for annotator in settings.panel.annotators if annotator.kind == "distilled"],
+        settings.panel.predictors,
     )
 
 
@@ -399,24 +398,6 @@ def _defined(value: Array) -> float | None:
 
 
 # Two raters ---------------------------------------------------------------------------------------------------------
-
-
-def correlation(x: Array, y: Array) -> float | None:
-    """Pearson's r; None where it is not defined: fewer than three pairs, or one of the two constant."""
-    if len(x) < 3 or np.ptp(x) < 1e-12 or np.ptp(y) < 1e-12:
-        return None
-    return float(np.corrcoef(x, y)[0, 1])
-
-
-def rank_correlation(x: Array, y: Array) -> float | None:
-    """Spearman's ρ, with mean ranks for ties; None where it is not defined."""
-    return None if correlation(x, y) is None else correlation(_ranks(x), _ranks(y))
-
-
-def _ranks(x: Array) -> Array:
-    _, place, times = np.unique(x, return_inverse=True, return_counts=True)
-    ranks: Array = (np.cumsum(times) - (times - 1) / 2)[place]
-    return ranks
 
 
 def compare(of: str, names: Sequence[str], one: int, other: int, gap: Array, codes: Codes) -> Compared:

@@ -115,8 +115,8 @@ def settings_path(path: Path) -> Path:
 
 def write_argilla(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Records to `path` and settings to `settings_path(path)`, in ASCII: Argilla reads them as the machine decodes."""
-    _write_json(settings_path(path), settings())
     _write_json(path, records(rows))
+    _write_json(settings_path(path), settings())
 
 
 def _write_json(path: Path, data: Any) -> None:

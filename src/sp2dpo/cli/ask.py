@@ -14,6 +14,7 @@ from rich.table import Table
 
 from sp2dpo.cli.terminal import ARGUMENTS, AsJson, Limit, ProcessPath, RunDir, app, give, open_run, say, show
 from sp2dpo.errors import InputError, Unfinished
+from sp2dpo.numbers import some
 from sp2dpo.runs import Run
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ __all__ = [
     "TransportName",
     "ask_panel",
     "cost",
-    "counted",
     "how_to_go_on",
     "options_of",
     "prepare_pairs",
@@ -136,8 +136,8 @@ def _belongs(folder: Path, process: Process) -> bool:
 
 def _show_estimate(made: Estimate) -> None:
     predicted = f", {made.predicted_answers:,} predicted" if made.predicted_answers else ""
-    recorded = counted(made.recorded_answers, "recorded answer")
-    print(f"{counted(made.pairs, 'pair')}, {counted(made.calls, 'call')}, {recorded}{predicted}")
+    recorded = some(made.recorded_answers, "recorded answer")
+    print(f"{some(made.pairs, 'pair')}, {some(made.calls, 'call')}, {recorded}{predicted}")
     table = Table("annotator", box=SIMPLE_HEAD)
     for name in ("calls", "tokens in", "out", "hidden", "USD", "as batch"):
         table.add_column(name, justify="right")
@@ -255,7 +255,7 @@ def prepare_pairs(run: Run) -> None:
     manifest = prepare_run(run)
     counts = manifest["counts"]
     dropped = ", ".join(f"{name} {n:,}" for name, n in counts.items() if name not in ("raw", "kept"))
-    rows, pairs = counted(counts["raw"], "row"), counted(counts["kept"], "pair")
+    rows, pairs = some(counts["raw"], "row"), some(counts["kept"], "pair")
     say(f"prepare   {rows} → {pairs} ({dropped or 'none dropped'})  {run.pairs}")
 
 
@@ -288,7 +288,7 @@ def _missing(n: int) -> str:
 
 def _lacking(run: Run, account: Account) -> str:
     lacks = ", ".join(
-        f"the recording of '{name}' (pinned in λ) has no valid answer to {counted(causes.total(), 'question')}"
+        f"the recording of '{name}' (pinned in λ) has no valid answer to {some(causes.total(), 'question')}"
         for name, causes in account.lacking.items()
     )
     least = run.process.settings.schedule.min_calls
@@ -313,11 +313,6 @@ def _asking_again(account: Account) -> str:
     return f"{mended}ask for {them} with: {shlex.join(['sp2dpo', *words])}"
 
 
-def counted(n: int, what: str) -> str:
-    """`1 pair`, `2 pairs`."""
-    return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
-
-
 AnnotatorName = Annotated[
     str | None, typer.Option("--annotator", metavar="NAME", help="whose questions; needed if several are asked")
 ]
@@ -337,7 +332,7 @@ def export(
     run = open_run(process, run_dir)
     prepare_pairs(run)
     calls = export_open(run, output, annotator=annotator, limit=limit)
-    say(f"export    {counted(calls, 'question')}  {output}")
+    say(f"export    {some(calls, 'question')}  {output}")
 
 
 @app.command("import", epilog="sp2dpo import process.yaml answers.jsonl --annotator qwen")

@@ -10,7 +10,7 @@ from rich.table import Table
 from sp2dpo.cli.terminal import show
 from sp2dpo.compare import Change, Comparison, Moves, RunRow
 from sp2dpo.compare.words import headline, lacking, named, panel_of, summary, transitions
-from sp2dpo.report.numbers import count, dec, percent, signed
+from sp2dpo.numbers import count, dec, percent, signed
 
 __all__ = ["print_comparison"]
 

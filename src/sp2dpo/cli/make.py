@@ -12,6 +12,7 @@ import typer
 from sp2dpo.cli import ask
 from sp2dpo.cli.terminal import AsJson, Limit, ProcessPath, RunDir, RunDirPath, app, give, open_run, say
 from sp2dpo.errors import MissingExtra, Unfinished
+from sp2dpo.numbers import some
 from sp2dpo.runs import Run
 
 
@@ -28,8 +29,8 @@ def _schedule(run: Run) -> dict[str, Any]:
     beta = made.schedule["beta"].to_numpy()
     n, out = made.schedule.num_rows, made.excluded.num_rows
     say(
-        f"schedule  {ask.counted(n, 'pair')} with β in [{beta.min():.4f}, {beta.max():.4f}], mean {beta.mean():.4f}; "
-        f"{ask.counted(out, 'row')} excluded  {run.schedule}"
+        f"schedule  {some(n, 'pair')} with β in [{beta.min():.4f}, {beta.max():.4f}], mean {beta.mean():.4f}; "
+        f"{some(out, 'row')} excluded  {run.schedule}"
     )
     if len(set(made.kinds.values())) > 1:
         listed = ", ".join(f"{name} {kind}" for name, kind in made.kinds.items())
@@ -122,7 +123,7 @@ def run(
     scheduled = _schedule(one)
     checked: list[str] = []
     _verify(one.path, checked.append)
-    say(f"verify    {ask.counted(len(checked), 'check')}, all equal")
+    say(f"verify    {some(len(checked), 'check')}, all equal")
     if one.process.settings.train is not None:
         _train(one, None, as_json=False)
     else:

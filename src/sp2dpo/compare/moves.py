@@ -11,8 +11,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from sp2dpo.audit.agreement import rank_correlation
 from sp2dpo.compare.overview import operators
+from sp2dpo.correlation import rank_correlation
 from sp2dpo.evidence import Array, Evidence, mean
 from sp2dpo.rubric import CATEGORIES
 from sp2dpo.stages import read_excluded

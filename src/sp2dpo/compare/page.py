@@ -17,10 +17,10 @@ import numpy as np
 from sp2dpo.compare import Comparison, Matched, Moves, compare, words
 from sp2dpo.compare.moves import MOVED, Moved
 from sp2dpo.evidence import Array, Evidence, median
+from sp2dpo.numbers import count, dec, percent, signed
 from sp2dpo.report import figures
 from sp2dpo.report.cards import LONGEST, Card, card, visible
 from sp2dpo.report.charts import Chart
-from sp2dpo.report.numbers import count, dec, percent, signed
 from sp2dpo.rubric import CATEGORIES
 from sp2dpo.tables import write_atomic
 

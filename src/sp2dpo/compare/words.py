@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from sp2dpo.compare.moves import ELSEWHERE, MOVED, Lone, LonePair, Moved, Moves
 from sp2dpo.compare.overview import RunRow
+from sp2dpo.numbers import dec, percent, signed
 from sp2dpo.report.cards import visible
-from sp2dpo.report.numbers import dec, percent, signed
 from sp2dpo.schedule import EXCLUSIONS
 
 __all__ = ["headline", "lacking", "named", "panel_of", "summary", "transitions"]

@@ -117,7 +117,7 @@ def _check_folder(folder: Path) -> None:
 def _refuse_own_kind(run: Run) -> None:
     """A predictor that learns from a predictor learns its errors as if a panel had made them."""
     annotators = run.process.settings.panel.annotators
-    own = next((annotator.name for annotator in annotators if annotator.kind == "distilled"), None)
+    own = next(iter(run.process.settings.panel.predictors), None)
     if own is None and any((annotator.calls or "").endswith(".sqlite") for annotator in annotators):
         with open_calls(run.calls) as log:
             own = next((call.annotator for call in log.answers() if call.kind == "distilled"), None)

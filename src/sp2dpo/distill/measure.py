@@ -12,8 +12,8 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import rankdata  # type: ignore[import-untyped]
 
+from sp2dpo.correlation import correlation, rank_correlation
 from sp2dpo.predictor.model import Predicted
 from sp2dpo.rubric import CATEGORIES
 
@@ -53,7 +53,7 @@ def gap_facts(actual: Array, made: Array, fitted: Array, openings: Sequence[str]
     return {
         **number_facts(actual, made, fitted),
         "pearson": correlation(actual, made),
-        "spearman": correlation(rankdata(actual), rankdata(made)),
+        "spearman": rank_correlation(actual, made),
         "saved": saved,
         "saved_low": None if saved is None or half is None else saved - half,
         "saved_high": None if saved is None or half is None else saved + half,
@@ -98,13 +98,6 @@ def _ratio_of_sums(upper: Array, lower: Array, openings: Sequence[str]) -> tuple
     if clusters < 2:
         return ratio, None
     return ratio, _Z * float(np.sqrt(clusters / (clusters - 1) * (rest**2).sum())) / total
-
-
-def correlation(x: Array, y: Array) -> float | None:
-    """Pearson's r; None where one of the two does not vary."""
-    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return None
-    return float(np.corrcoef(x, y)[0, 1])
 
 
 def calibration(actual: Array, made: Array) -> Facts:
@@ -158,7 +151,7 @@ def against_calls(gap_ijk: Array, gap_i: Array) -> Facts:
         return {"mae": None, "rmse": None, "spearman": None}
     there = np.isfinite(calls)
     error = np.where(there, calls - gap_i[:, None], 0.0)
-    ranks = [correlation(rankdata(calls[there[:, c], c]), rankdata(gap_i[there[:, c]])) for c in range(calls.shape[1])]
+    ranks = [rank_correlation(calls[there[:, c], c], gap_i[there[:, c]]) for c in range(calls.shape[1])]
     known = [rank for rank in ranks if rank is not None]
     return {
         "mae": float(abs(error).sum() / there.sum()),

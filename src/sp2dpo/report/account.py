@@ -14,9 +14,9 @@ import pyarrow as pa
 
 from sp2dpo.evidence import Evidence
 from sp2dpo.llm import FAILURES
+from sp2dpo.numbers import some
 from sp2dpo.pairs.filters import REASONS
 from sp2dpo.reply import INVALID
-from sp2dpo.report.numbers import some
 from sp2dpo.report.panel import panel_of, predictors_of
 from sp2dpo.report.tally import Tally
 from sp2dpo.schedule import EXCLUDED_SCHEMA, EXCLUSIONS

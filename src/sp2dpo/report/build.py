@@ -19,6 +19,7 @@ from sp2dpo.calls import open_calls
 from sp2dpo.errors import InputError
 from sp2dpo.evidence import Evidence, read_evidence
 from sp2dpo.hashing import sha256_file
+from sp2dpo.numbers import count, dec, percent
 from sp2dpo.report import charts, sections
 from sp2dpo.report.account import accounts, notes_of_pairs
 from sp2dpo.report.agreement import between_annotators, between_prompts
@@ -31,7 +32,6 @@ from sp2dpo.report.figures import LINES
 from sp2dpo.report.figures_folder import write_figures
 from sp2dpo.report.marks import Marks, read_marks
 from sp2dpo.report.money import money_rows
-from sp2dpo.report.numbers import count, dec, percent
 from sp2dpo.report.panel import panel_of, predictors_of
 from sp2dpo.report.pipeline import pipeline_of, schedule_settings, worked
 from sp2dpo.report.provenance import files_of, inputs_of, settings_of, versions_of

@@ -10,11 +10,11 @@ import numpy as np
 from markupsafe import Markup
 
 from sp2dpo.evidence import Array, Evidence, median
+from sp2dpo.numbers import dec
 from sp2dpo.report import figures
 from sp2dpo.report.agreement import Agreement
 from sp2dpo.report.cards import visible
 from sp2dpo.report.marks import Marks
-from sp2dpo.report.numbers import dec
 from sp2dpo.report.panel import predictors_of
 from sp2dpo.report.sections import training_groups
 from sp2dpo.report.training import Course, curve, step_edges

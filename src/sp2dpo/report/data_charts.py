@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from sp2dpo.audit.agreement import correlation
+from sp2dpo.correlation import rank_correlation, ranks
 from sp2dpo.evidence import Array, Evidence
 from sp2dpo.report import figures
 from sp2dpo.report.charts import Chart
@@ -177,7 +177,7 @@ def _density_told(x: Array, y: Array, xlim: Limits, ylim: Limits) -> str:
     there = (x >= xlim[0]) & (x <= xlim[1]) & (y >= ylim[0]) & (y <= ylim[1])
     out = len(x) - int(there.sum())
     left = f" {out:,} of {len(x):,} pairs lie beyond the axes." if out else ""
-    return f"Rank correlation {_rho(correlation(_ranks(x), _ranks(y)))}.{left}"
+    return f"Rank correlation {_rho(rank_correlation(x, y))}.{left}"
 
 
 def _rho(value: float | None) -> str:
@@ -243,7 +243,7 @@ def features(texts: Texts) -> dict[str, Array]:
 def _spearman(x: Array, y: Array) -> tuple[float | None, int]:
     """The rank correlation where both are known, and how many pairs that are."""
     there = np.isfinite(x) & np.isfinite(y)
-    return correlation(_ranks(x[there]), _ranks(y[there])), int(there.sum())
+    return rank_correlation(x[there], y[there]), int(there.sum())
 
 
 def _heatmap(texts: Texts) -> Chart:
@@ -295,16 +295,10 @@ def explained(beta_i: Array, columns: Sequence[Array]) -> float | None:
     n = len(beta_i)
     if n < FEWEST or np.ptp(beta_i) < 1e-12:
         return None
-    y, x = _ranks(beta_i), np.stack([np.ones(n), *(_ranks(column) for column in columns)], axis=1)
+    y, x = ranks(beta_i), np.stack([np.ones(n), *(ranks(column) for column in columns)], axis=1)
     fit, _, rank, _ = np.linalg.lstsq(x, y, rcond=None)
     share = 1 - ((y - x @ fit) ** 2).sum() / ((y - y.mean()) ** 2).sum()
     return max(float(1 - (1 - share) * (n - 1) / (n - rank)), 0.0)
-
-
-def _ranks(x: Array) -> Array:
-    _, place, times = np.unique(x, return_inverse=True, return_counts=True)
-    ranks: Array = (np.cumsum(times) - (times - 1) / 2)[place] / len(x)
-    return ranks
 
 
 def _beta_chart(evidence: Evidence, texts: Texts) -> Chart:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from sp2dpo.evidence import Evidence
-from sp2dpo.report.numbers import some
+from sp2dpo.numbers import some
 
 __all__ = ["panel_of", "predictors_of"]
 
 
 def predictors_of(evidence: Evidence) -> tuple[str, ...]:
     """The annotators that are local predictors, whose answers under all prompts are one voice."""
-    return tuple(one.name for one in evidence.run.process.settings.panel.annotators if one.kind == "distilled")
+    return evidence.run.process.settings.panel.predictors
 
 
 def panel_of(evidence: Evidence) -> str:

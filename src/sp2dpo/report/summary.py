@@ -14,9 +14,9 @@ from sp2dpo.audit.agreement import AgreementReport, Among
 from sp2dpo.audit.errors import LabelErrors
 from sp2dpo.evidence import Evidence
 from sp2dpo.hashing import sha256_file
+from sp2dpo.numbers import dec, some
 from sp2dpo.report.account import Sum
 from sp2dpo.report.marks import Marks
-from sp2dpo.report.numbers import dec, some
 from sp2dpo.report.panel import panel_of, predictors_of
 from sp2dpo.report.provenance import FileRow
 from sp2dpo.report.sections import CategoryRow, Reversed
