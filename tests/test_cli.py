@@ -20,6 +20,7 @@ from conftest import GOOD, Sp2dpo, completion, rows, teacher, write_process
 from sp2dpo import cli
 from sp2dpo.calls import open_calls
 from sp2dpo.cli import ask, make
+from sp2dpo.methods import METHODS
 from sp2dpo.pairs import read_pairs
 from sp2dpo.process import load_process
 from sp2dpo.runs import open_run
@@ -424,3 +425,17 @@ def test_a_command_that_keeps_nothing_does_not_say_that_it_goes_on(
     monkeypatch.setattr("sp2dpo.verify.verify", interrupted)
     ran = sp2dpo("verify", tmp_path)
     assert (ran.code, ran.err.splitlines()[-1]) == (130, "sp2dpo: interrupted; the same command begins anew")
+
+
+def test_the_catalogue_is_listed_and_one_method_is_told_whole(sp2dpo: Sp2dpo) -> None:
+    listed = sp2dpo("methods", "--json")
+    assert list(json.loads(listed.out)) == list(METHODS)
+    one = json.loads(sp2dpo("methods", "simpo", "--json").out)
+    assert one["knobs"]["gamma"]["default"] == 1.0
+    assert one["reference"] is False
+    told = sp2dpo("methods", "simpo").out
+    assert all(word in told for word in ("gamma", METHODS["simpo"].source, "γ/β"))
+    assert all(name in sp2dpo("methods").out for name in METHODS)
+    wrong = sp2dpo("methods", "simpoo")
+    assert (wrong.code, wrong.out) == (2, "")
+    assert "did you mean 'simpo'" in wrong.err

@@ -13,7 +13,7 @@ from sp2dpo import __version__
 from sp2dpo.cli import ask, make  # noqa: F401  they add their commands to the app, in this order
 
 # isort: split
-from sp2dpo.cli import audit, compare, distill, publish  # noqa: F401
+from sp2dpo.cli import audit, compare, distill, methods, publish  # noqa: F401
 from sp2dpo.cli.terminal import ARGUMENTS, app, say
 from sp2dpo.errors import InputError, Sp2dpoError, Unfinished
 
