@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
 import signal
 import subprocess
@@ -22,14 +20,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
 import yaml
 
 from clients import Job, cpu_s, peak_mib
+from pages import ROOT, Row, table, where, write
 from sp2dpo.annotate.teacher import body_of
 from sp2dpo.calls import Cell, open_calls, open_ledger
 from sp2dpo.errors import RunDirError
@@ -38,11 +35,10 @@ from sp2dpo.process import load_process
 from sp2dpo.runs import Run, open_run
 from sp2dpo.stages import prepare_run
 
-ROOT: Final = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from fault_server import FaultServer, fault_server, question_key  # noqa: E402
-from faults import cures, judgement  # noqa: E402
+from fault_server import FaultServer, fault_server, question_key
+from faults import cures, judgement
 
 ANNOTATORS: Final = ("first", "second", "third")
 VARIANTS: Final = ("v1", "v2", "v3")
@@ -53,8 +49,6 @@ KINDS: Final = cures("mend", "retry")
 
 RETRIES: Final = 10
 DELAY: Final = 0.1
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -385,29 +379,6 @@ MEASUREMENTS: Final[dict[str, Callable[[Path, bool], Iterator[Row]]]] = {
 }
 
 
-def table(rows: Sequence[Row]) -> str:
-    """As Markdown."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    lines = [names, ["---"] * len(names), *([str(row.get(name, "")) for name in names] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def where() -> str:
-    """Date, machine and versions."""
-    names = " ".join(f"{name} {version(name)}," for name in ("sp2dpo", "aiohttp", "openai"))
-    load = f"load {os.getloadavg()[0]:.1f} before"
-    python = f"Python {platform.python_version()}"
-    return f"{date.today()}, {names} {python}, {os.cpu_count()} cores ({platform.machine()}), {load}"
-
-
-def write(page: Path, name: str, text: str) -> None:
-    """Put the result of a measurement between its marks."""
-    mark = f"<!-- {name} -->"
-    before, _, rest = page.read_text(encoding="utf-8").partition(mark)
-    _, _, after = rest.partition(mark)
-    page.write_text(f"{before}{mark}\n{text}\n{mark}{after}", encoding="utf-8")
-
-
 def main() -> None:
     """Measure, print and perhaps write."""
     parser = argparse.ArgumentParser(description="Measure the annotation engine beside what a user would write.")
@@ -416,7 +387,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="into docs/benchmarks.md")
     args = parser.parse_args()
     for name in args.only:
-        text = f"{where()}\n\n"
+        text = f"{where('aiohttp', 'openai')}\n\n"
         with tempfile.TemporaryDirectory(prefix="sp2dpo-benchmark-") as folder:
             text += table([*MEASUREMENTS[name](Path(folder), args.quick)])
         print(f"\n{name}: {MEASUREMENTS[name].__doc__}\n\n{text}", flush=True)

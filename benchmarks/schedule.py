@@ -24,8 +24,8 @@ from typing import Any, Final
 import numpy as np
 import psutil
 
-from annotate import ROOT, Row, table, where, write
 from big_run import PAIRS, make_big_run
+from pages import ROOT, Row, table, where, write
 
 CACHE: Final = Path(tempfile.gettempdir()) / "sp2dpo-benchmark"
 READ: Final = "pair_id, annotator, variant, magnitude, confidence"
@@ -139,7 +139,7 @@ def main() -> None:
         said = STEPS[args.step][1](args.cache)
         print(f"\n{said}")
         sys.exit("failed" in said)
-    text = f"{where()}\n\n{table([*measure(args.cache.resolve(), args.pairs)])}"
+    text = f"{where('aiohttp', 'openai')}\n\n{table([*measure(args.cache.resolve(), args.pairs)])}"
     print(f"\nschedule: {args.pairs:,} pairs\n\n{text}", flush=True)
     if args.write:
         write(ROOT / "docs" / "benchmarks.md", "schedule", text)
