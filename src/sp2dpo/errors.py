@@ -7,6 +7,7 @@ Sp2dpoError
 │   ├── ScheduleError   a schedule that training cannot trust
 │   ├── RunDirError     a run directory that belongs to another process, or is incomplete
 │   └── MissingExtra    an optional dependency that is not installed
+├── TrainingError       a loss or gradient that no weights should be updated with (exit 1)
 └── Unfinished          a check failed or answers are missing; what is missing is listed (exit 1)
 """
 
@@ -23,6 +24,7 @@ __all__ = [
     "RunDirError",
     "ScheduleError",
     "Sp2dpoError",
+    "TrainingError",
     "Unfinished",
     "nearest",
 ]
@@ -59,6 +61,12 @@ class MissingExtra(InputError):
 
     def __init__(self, what: str, extra: str) -> None:
         super().__init__(f"{what} needs packages that are not installed: pip install 'sp2dpo[{extra}]'")
+
+
+class TrainingError(Sp2dpoError):
+    """A loss or gradient that is not a number, or a loss that exploded; before the weights were updated with it."""
+
+    exit_code = 1
 
 
 class Unfinished(Sp2dpoError):
