@@ -31,6 +31,14 @@ KEY = "sk-recognise-me/0123456789"
 GOOD = '{"semantic_gap_category": "Style", "semantic_gap_magnitude": 0.5, "semantic_gap_confidence": 0.4}'
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Reference log-probabilities of tests are nobody else's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SP2DPO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The base URL of a llama.cpp server with a tiny random model."""

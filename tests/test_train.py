@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 from sp2dpo.errors import ScheduleError
-from sp2dpo.loss import gradient_coefficient, sp2dpo_loss
+from sp2dpo.loss import gradient_coefficient, pair_loss, sp2dpo_loss
+from sp2dpo.methods.losses import Controls, PairBatch
 from sp2dpo.train import PairwiseDPOConfig, PairwiseDPOTrainer
 from sp2dpo.train.toy import make_toy
 
@@ -49,13 +51,16 @@ def settings(folder: Path, **more: Any) -> dict[str, Any]:
     return {"output_dir": str(folder), **common, **quiet, **exact, **more}
 
 
-def pairwise(student: str, data: Dataset, folder: Path, lora: Any = None, **more: Any) -> PairwiseDPOTrainer:
+def pairwise(
+    student: str, data: Dataset, folder: Path, lora: Any = None, controls: Any = (), **more: Any
+) -> PairwiseDPOTrainer:
     return PairwiseDPOTrainer(
         AutoModelForCausalLM.from_pretrained(student),
         args=PairwiseDPOConfig(**settings(folder, **more)),
         train_dataset=data,
         processing_class=AutoTokenizer.from_pretrained(student),
         peft_config=lora,
+        controls=controls,
     )
 
 
@@ -75,7 +80,7 @@ def test_a_constant_beta_column_trains_like_trl_to_the_last_bit(student: str, ro
         processing_class=AutoTokenizer.from_pretrained(student),
     )
     plain.train()
-    ours = pairwise(student, dataset(rows, [0.1] * len(rows)), tmp_path / "ours")
+    ours = pairwise(student, dataset(rows, [0.1] * len(rows)), tmp_path / "ours", layout="padded")
     ours.train()
     for theirs, mine in zip(plain.state.log_history, ours.state.log_history, strict=True):
         kept = [key for key in theirs if "runtime" not in key and "per_second" not in key]
@@ -180,7 +185,6 @@ def test_resuming_ends_like_an_uninterrupted_run(student: str, rows: Any, tmp_pa
     whole = pairwise(student, dataset(rows), tmp_path / "whole", **save)
     whole.train()
     again = pairwise(student, dataset(rows), tmp_path / "whole", **save)
-    again.resume_margins(tmp_path / "whole/checkpoint-2")
     again.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
     assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(again).items())
     assert again.margins == pytest.approx(np.array(whole.margins), rel=1e-6)
@@ -210,7 +214,7 @@ def test_a_dataset_without_beta_is_refused(student: str, rows: Any, tmp_path: Pa
 
 
 def test_a_loss_without_per_pair_beta_is_refused(student: str, rows: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="aot"):
+    with pytest.raises(ValueError, match="loss_type 'aot' has no per-pair β"):
         pairwise(student, dataset(rows), tmp_path, loss_type=["aot"])
 
 
@@ -218,3 +222,141 @@ def test_the_toy_is_the_same_every_time(student: str, rows: Any, tmp_path: Path)
     make_toy(tmp_path, [row["prompt"] + row[side] for row in rows for side in ("chosen", "rejected")], steps=4)
     for name in ("model.safetensors", "tokenizer.json"):
         assert (tmp_path / name).read_bytes() == (Path(student) / name).read_bytes()
+
+
+def test_weights_multiply_the_loss_of_their_pairs(student: str, rows: Any, tmp_path: Path) -> None:
+    weight = [0.0, 2.0, 0.5, 1.0, 0.0, 3.0, 1.0, 0.5]
+    data = dataset(rows, [0.1] * len(rows)).add_column("weight", weight)
+    trainer = moved(pairwise(student, data, tmp_path, per_device_train_batch_size=8))
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.model.eval()
+    loss = trainer.compute_loss(trainer.model, batch)
+    each = pair_loss(0.1, margins_by_hand(trainer, batch))
+    assert loss.item() == pytest.approx((batch["weight"] * each).mean().item(), rel=1e-5)
+
+
+def test_a_margin_is_taken_from_the_log_ratios_inside_beta(student: str, rows: Any, tmp_path: Path) -> None:
+    data = dataset(rows).add_column("margin", [0.5 * n for n in range(len(rows))])
+    trainer = moved(pairwise(student, data, tmp_path, per_device_train_batch_size=8))
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.model.eval()
+    by_hand = pair_loss(batch["beta"], margins_by_hand(trainer, batch) - batch["margin"])
+    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(by_hand.mean().item(), rel=1e-5)
+
+
+def test_a_pair_routed_to_sft_has_the_likelihood_of_its_chosen_response(
+    student: str, rows: Any, tmp_path: Path
+) -> None:
+    data = dataset(rows).add_column("route", ["sft"] * len(rows))
+    trainer = moved(pairwise(student, data, tmp_path, per_device_train_batch_size=8))
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.model.eval()
+    half = len(rows)
+    labels = batch["input_ids"][:half].masked_fill(batch["completion_mask"][:half] == 0, -100)
+    plain = AutoModelForCausalLM.from_pretrained(student)
+    plain.load_state_dict(trainer.model.state_dict())
+    each = [
+        plain(input_ids=ids[None], labels=label[None]).loss
+        for ids, label in zip(batch["input_ids"][:half], labels, strict=True)
+    ]
+    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(torch.stack(each).mean().item(), rel=1e-5)
+
+
+def test_keep_leaves_pairs_out_and_order_is_the_order_of_training(student: str, rows: Any, tmp_path: Path) -> None:
+    data = dataset(rows).add_column("keep", [1, 1, 0, 1, 1, 1, 0, 1]).add_column("order", [5, 3, 9, 1, 0, 2, 9, 4])
+    trainer = pairwise(student, data, tmp_path, per_device_train_batch_size=2, max_steps=3)
+    trainer.train()
+    assert [row for _, row, _ in trainer.margins] == [4, 3, 5, 1, 7, 0]
+
+
+def test_metrics_by_category_are_those_of_its_pairs(student: str, rows: Any, tmp_path: Path) -> None:
+    names = ["Safety", "Style", "Safety", "Style", "Safety", "Safety", "Style", "Style"]
+    data = dataset(rows).add_column("category", names)
+    trainer = pairwise(student, data, tmp_path, max_steps=2, logging_steps=2)
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    beta, margin = (np.array(column) for column in zip(*[(BETAS[r], m) for _, r, m in trainer.margins], strict=True))
+    safety = np.array([names[row] == "Safety" for _, row, _ in trainer.margins])
+    pull = beta / (1 + np.exp(beta * margin))
+    assert logged["saturation/Safety"] == pytest.approx(pull[safety].mean(), rel=1e-5)
+    assert logged["rewards/margins/Style"] == pytest.approx((beta * margin)[~safety].mean(), rel=1e-4, abs=1e-7)
+    assert logged["rewards/accuracies/Safety"] == pytest.approx((margin > 0)[safety].mean())
+    assert logged["beta_margin"] == pytest.approx(beta.mean() * np.abs(margin).mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "loss", "knobs"), [("ipo", "ipo", {}), ("robust", "robust", {"label_smoothing": 0.1})]
+)
+def test_a_method_that_trl_has_trains_like_trl(
+    student: str, rows: Any, tmp_path: Path, method: str, loss: str, knobs: dict[str, Any]
+) -> None:
+    plain = DPOTrainer(
+        AutoModelForCausalLM.from_pretrained(student),
+        args=DPOConfig(beta=0.1, loss_type=[loss], **knobs, **settings(tmp_path / "plain")),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(student),
+    )
+    plain.train()
+    data = dataset(rows, [0.1] * len(rows))
+    ours = pairwise(student, data, tmp_path / "ours", method=method, knobs=knobs, layout="padded")
+    ours.train()
+    assert losses(ours) == pytest.approx(losses(plain), rel=1e-6)
+    for name, value in weights(ours).items():
+        torch.testing.assert_close(value, weights(plain)[name], rtol=1e-5, atol=1e-7)
+
+
+class RunningBeta:
+    """A control of one number: β of all pairs from a running mean of the implicit margins."""
+
+    def __init__(self) -> None:
+        self.mean = 0.0
+
+    def __call__(self, batch: PairBatch, controls: Controls, gather: Any) -> Controls:
+        self.mean = 0.9 * self.mean + 0.1 * gather(batch.implicit_margin).mean().item()
+        return replace(controls, beta=controls.beta * (1 + 0.6 * self.mean))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean": self.mean}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.mean = state["mean"]
+
+
+def test_a_control_of_each_step_goes_on_from_a_checkpoint(student: str, rows: Any, tmp_path: Path) -> None:
+    def trainer() -> PairwiseDPOTrainer:
+        return pairwise(
+            student, dataset(rows), tmp_path, controls=[RunningBeta()], save_strategy="steps", save_steps=2, max_steps=4
+        )
+
+    whole = trainer()
+    whole.train()
+    again = trainer()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert whole.controls[0].state_dict() == again.controls[0].state_dict() != {"mean": 0.0}
+    assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(again).items())
+
+
+@pytest.mark.parametrize("column", ["margin", "weight", "route", "keep", "order"])
+def test_a_control_that_no_loss_can_use_is_refused_with_its_row(
+    student: str, rows: Any, tmp_path: Path, column: str
+) -> None:
+    bad: list[Any] = ["elsewhere"] * len(rows) if column == "route" else [float("nan")] * len(rows)
+    with pytest.raises(ScheduleError, match=f"row 0 of the train dataset has {column}"):
+        pairwise(student, dataset(rows).add_column(column, bad), tmp_path)
+
+
+def test_keys_of_trl_that_reshape_the_loss_act_as_there(student: str, rows: Any, tmp_path: Path) -> None:
+    plain = DPOTrainer(
+        AutoModelForCausalLM.from_pretrained(student),
+        args=DPOConfig(beta=0.1, ld_alpha=0.5, **settings(tmp_path / "plain")),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(student),
+    )
+    plain.train()
+    ours = pairwise(student, dataset(rows, [0.1] * len(rows)), tmp_path / "ours", ld_alpha=0.5, layout="padded")
+    ours.train()
+    assert losses(ours) == losses(plain)
+    with pytest.raises(ValueError, match="ld_alpha are TRL's for DPO"):
+        PairwiseDPOConfig(method="simpo", ld_alpha=0.5, **settings(tmp_path))
+    with pytest.raises(ValueError, match="weight, which do nothing under TRL's ld_alpha"):
+        pairwise(student, dataset(rows).add_column("weight", [2.0] * len(rows)), tmp_path, ld_alpha=0.5)

@@ -26,7 +26,8 @@ from pydantic import (
     model_validator,
 )
 
-from sp2dpo.errors import nearest
+from sp2dpo.arms import WITH_KNOBS, Arm, arm_of
+from sp2dpo.errors import InputError, nearest
 from sp2dpo.hashing import canonical_json
 from sp2dpo.temperature import BETA_MAX, BETA_MIN
 
@@ -390,17 +391,60 @@ class Student(_Settings):
 
     model: str = Field(description="hub id; folder (names, sizes, small files are pinned); or 'toy', made in the run")
     revision: str | None = Field(None, description="commit of the model; required for a hub id")
+    quantization: dict[str, Any] | None = Field(
+        None,
+        description="keys of `transformers.BitsAndBytesConfig` by their own names, for QLoRA; goes with `train.r`",
+    )
 
 
 class Train(BaseModel):
-    """`methods`, `beta`, `max_prompt_length`, and any key of `trl.DPOConfig` or `peft.LoraConfig` by its own name."""
+    """The keys below, and any key of `trl.DPOConfig` or `peft.LoraConfig` by its own name."""
 
     model_config = ConfigDict(extra="allow", frozen=True, hide_input_in_errors=True)
-    methods: tuple[Literal["dpo", "rand_beta", "sp2dpo"], ...] = Field(
-        ("sp2dpo",), min_length=1, description="trained one after the other from the same schedule"
+    methods: tuple[str, ...] = Field(
+        ("sp2dpo",), min_length=1, description="[arms](training.md), trained one after the other from the same schedule"
     )
-    beta: Number = Field(0.1, gt=0, description="the one β of plain DPO, method `dpo`")
+    beta: Number = Field(0.1, gt=0, description="the one β of the arm `dpo`, and of the loss on the held-out pairs")
     max_prompt_length: Whole | None = Field(None, ge=1, description="a longer prompt keeps its last tokens")
+    held_out: Number = Field(
+        0.0,
+        ge=0,
+        le=0.5,
+        description="share of the pairs, drawn by prompt with `schedule.random_seed`, that no arm is trained on and "
+        "every arm is measured on",
+    )
+    merge: Annotated[bool, Strict()] = Field(
+        True, description="with LoRA: leave the merged model beside the adapter, in `merged/`"
+    )
+    knobs: dict[str, dict[str, Any]] = Field(
+        {}, description="of an arm that is a method of the catalogue: its knobs, as `sp2dpo methods NAME` shows them"
+    )
+    layout: Literal["auto", "shared", "padded"] = Field(
+        "auto", description="shared: each prompt computed once, rows packed; padded: as TRL; auto: shared if it can be"
+    )
+
+    def arm(self, name: str) -> Arm:
+        """The arm of that name under these settings.
+
+        Raises:
+            InputError: no such arm, or one that these settings leave without pairs to be measured on.
+        """
+        arm = arm_of(name, beta=self.beta, knobs=self.knobs)
+        if not arm.trained and not self.held_out:
+            raise InputError(f"'{name}' is measured on held-out pairs, and train.held_out is 0; set it, such as 0.05")
+        return arm
+
+    @model_validator(mode="after")
+    def _arms_are_known(self) -> Train:
+        for name in self.methods:
+            self.arm(name)
+            if self.methods.count(name) > 1:
+                raise ValueError(f"train.methods names '{name}' twice")
+        for name in self.knobs:
+            if name not in WITH_KNOBS:
+                raise ValueError(f"'{name}' has no knobs{nearest(name, WITH_KNOBS)}; {', '.join(WITH_KNOBS)} have")
+            arm_of(name, knobs=self.knobs)
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -19,7 +19,7 @@ Page = Annotated[
 
 @app.command("compare", epilog="sp2dpo compare runs/one runs/other -o compare.html")
 def compare_runs(run_dirs: RunDirs, out: Page = None, as_json: AsJson = False) -> None:
-    """Runs side by side, and what moved between them."""
+    """Runs, schedules and trained arms side by side."""
     if out and out.suffix.lower() != ".html":
         raise InputError(f"{out}: the page is HTML; give --output a name that ends in .html")
     try:

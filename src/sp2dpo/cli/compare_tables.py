@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from sp2dpo.audit.agreement import Estimate
 from sp2dpo.cli.terminal import show
 from sp2dpo.compare import Change, Comparison, Moves, RunRow
-from sp2dpo.compare.words import headline, lacking, named, panel_of, summary, transitions
+from sp2dpo.compare.words import (
+    ONE_SEED,
+    answered,
+    headline,
+    lacking,
+    measured_on,
+    named,
+    not_shown,
+    over_seeds,
+    panel_of,
+    summary,
+    transitions,
+)
 from sp2dpo.numbers import count, dec, percent, signed
+from sp2dpo.report.measured import ArmRow, Measured
+from sp2dpo.rubric import CATEGORIES
 
 __all__ = ["print_comparison"]
 
@@ -27,6 +42,8 @@ def print_comparison(compared: Comparison) -> None:
     _table("", ["run"], numbers, map(_run, compared.runs))
     if len(compared.runs) > 1:
         _settings(compared)
+    if compared.training:
+        _training(compared)
     for moves in compared.moves:
         _moves(moves)
 
@@ -63,6 +80,56 @@ def _settings(compared: Comparison) -> None:
 
 def _short(value: str) -> str:
     return value if len(value) <= LONGEST else value[: LONGEST - 1] + "…"
+
+
+def _training(compared: Comparison) -> None:
+    """All arms of all runs, then by category, then what the controls answer."""
+    arms = [(f"{run.label} {arm.arm}", arm) for run in compared.training for arm in run.training.trained]
+    _lines(f"Training, {measured_on(run)}" for run in compared.training if run.training.trained)
+    if arms:
+        numbers = ["loss", "less constant_beta", "acc.", "mean Δ", "β̄·|Δ|", "satur.", "left"]
+        _table("", ["arm"], numbers, ([name, *_arm(arm)] for name, arm in arms))
+        print("loss: DPO's at train.beta, held-out pairs; satur.: mean β·σ(−βΔ), and what is left of its start")
+    moved = [(name, arm) for name, arm in arms if arm.steps]
+    there = [name for name in CATEGORIES if any(name in arm.groups for _, arm in moved)]
+    for title, shown in _BY_CATEGORY.items() if there else ():
+        rows = ([name, *(shown(arm.groups.get(each, Measured(0))) for each in there)] for name, arm in moved)
+        _table(f"{title} by category", ["arm"], there, rows)
+    _lines(line for run in compared.training for line in answered(run))
+    _lines(over_seeds(one) for one in compared.over_seeds)
+    for one in compared.between:
+        earlier, later = one.labels
+        print(f"{one.arm}, {later} less {earlier}: held-out loss {_change_of(one.contrast.loss)}, n {one.contrast.n:,}")
+    if compared.between or any(run.training.measured_on == "held-out pairs" for run in compared.training):
+        print(ONE_SEED)
+    _lines(line for run in compared.training for line in not_shown(run))
+
+
+def _arm(arm: ArmRow) -> list[str]:
+    every = arm.groups["all pairs"]
+    less = _change_of(arm.versus.loss) if arm.versus else "–"
+    pull = [dec(every.saturation, 4), percent(every.left)]
+    return [
+        dec(arm.held_out_loss, 3),
+        less,
+        percent(every.accuracy),
+        dec(every.margin, 2),
+        dec(every.beta_margin, 2),
+        *pull,
+    ]
+
+
+_BY_CATEGORY: dict[str, Callable[[Measured], str]] = {
+    "Accuracy": lambda one: percent(one.accuracy),
+    "Mean Δ": lambda one: dec(one.margin, 2),
+    "Saturation": lambda one: dec(one.saturation, 4),
+}
+
+
+def _change_of(one: Estimate) -> str:
+    """With half the width of its interval."""
+    half = "" if one.low is None or one.high is None else f" ±{dec((one.high - one.low) / 2, 3)}"
+    return f"{signed(one.value, 3)}{half}"
 
 
 def _moves(moves: Moves) -> None:

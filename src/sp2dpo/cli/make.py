@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 
+from sp2dpo.arms import CONTROLS, arm_of
 from sp2dpo.cli import ask
-from sp2dpo.cli.terminal import AsJson, Limit, ProcessPath, RunDir, RunDirPath, app, give, open_run, say
-from sp2dpo.errors import MissingExtra, Unfinished
-from sp2dpo.numbers import some
+from sp2dpo.cli.terminal import AsJson, Limit, ProcessPath, RunDir, RunDirPath, app, give, open_run, say, show
+from sp2dpo.errors import InputError, MissingExtra, Unfinished
+from sp2dpo.numbers import dec, some
 from sp2dpo.runs import Run
+
+if TYPE_CHECKING:
+    from sp2dpo.train.run import Trained
 
 
 @app.command(epilog="sp2dpo schedule process.yaml --json")
@@ -52,26 +62,120 @@ def _verify(run_dir: Path, out: Callable[[str], Any]) -> None:
         out(line)
 
 
-@app.command(epilog="sp2dpo train process.yaml    or    accelerate launch -m sp2dpo.train process.yaml")
-def train(process: ProcessPath, run_dir: RunDir = None, limit: Limit = None, as_json: AsJson = False) -> None:
-    """Train the student with each method of the process."""
-    _train(open_run(process, run_dir), limit, as_json, data=True)
+Methods = Annotated[
+    list[str] | None, typer.Option("--method", metavar="NAME", help="train this arm instead; can be repeated")
+]
+Controls = Annotated[bool, typer.Option("--controls", help="train the method, its baselines and all controls")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="say what would be trained; load no model")]
 
 
-def _train(run: Run, limit: int | None, as_json: bool, *, data: bool = False) -> None:
+@app.command(epilog="sp2dpo train process.yaml --controls    or    accelerate launch -m sp2dpo.train process.yaml")
+def train(
+    process: ProcessPath,
+    run_dir: RunDir = None,
+    method: Methods = None,
+    controls: Controls = False,
+    limit: Limit = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train the student with each arm of the process."""
+    if controls and method:
+        raise InputError("--controls names its arms itself; give it, or --method")
+    with _one_voice():
+        one = open_run(process, run_dir)
+        names = _controls(one) if controls else method
+        if dry_run:
+            _preview(one, names, limit, as_json)
+            return
+        trained = _train(one, names, limit)
+        _give_trained(trained, as_json)
+    _check_trained(trained)
+
+
+@contextmanager
+def _one_voice() -> Iterator[None]:
+    """Of the processes of a launcher only the main one speaks; an error of any is still told."""
+    if os.environ.get("RANK", "0") in ("", "0"):
+        yield
+        return
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield
+
+
+def _controls(run: Run) -> list[str]:
+    """The controls that can be trained: without held-out pairs there is nothing to measure the untuned student on."""
+    train = run.process.settings.train
+    if train is None or train.held_out:
+        return list(CONTROLS)
+    say("          untuned is left out: it is measured on held-out pairs, and train.held_out is 0")
+    return [name for name in CONTROLS if arm_of(name).trained]
+
+
+def _preview(run: Run, names: Sequence[str] | None, limit: int | None, as_json: bool) -> None:
+    made = _training().preview_run(run, names, limit)
+    rows, how = made.rows(run.process.lambda_hash), made.how()
+    if as_json:
+        give({"arms": rows, **how, "disk_bytes_per_arm": made.disk, "pairs_per_step": made.pairs_per_step}, True)
+        return
+    show(_table(rows))
+    for name, words in how.items():
+        print(f"{name}: {words}")
+    print(made.line([one for one in made.sweep if one.done(run.process.lambda_hash)]))
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table("arm", "β", "pairs", "steps", "state", "what", box=SIMPLE_HEAD)
+    for row in rows:
+        low, mean, high = (dec(row[f"beta_{name}"]) for name in ("min", "mean", "max"))
+        beta = mean if low == high else f"{low} to {high}, mean {mean}"
+        table.add_row(row["method"], beta, f"{row['pairs']:,}", f"{row['steps']:,}", row["state"], row["what"])
+    return table
+
+
+def _train(run: Run, names: Sequence[str] | None = None, limit: int | None = None) -> list[Trained]:
+    trained: list[Trained] = _training().train_run(run, names, limit=limit, say=say)
+    return trained
+
+
+def _training() -> Any:
+    """`sp2dpo.train.run`, where what it needs is installed."""
     try:
-        from sp2dpo.train.run import train_run
+        return import_module("sp2dpo.train.run")
     except ModuleNotFoundError as error:
         raise MissingExtra(f"sp2dpo train (no module '{error.name}')", "train") from error
 
-    trained = train_run(run, limit=limit)
+
+def _give_trained(trained: Sequence[Trained], as_json: bool) -> None:
+    if as_json:
+        about = ("metrics", "already_done", "problem")
+        give(
+            {
+                one.method: {**{name: getattr(one, name) for name in about}, "folder": str(one.folder)}
+                for one in trained
+            },
+            True,
+        )
+        return
+    columns = {
+        "loss": "train_loss",
+        "held-out loss": "held_out_loss",
+        "accuracy": "held_out_accuracy",
+        "Δ": "held_out_margin",
+    }
+    table = Table("arm", *columns, box=SIMPLE_HEAD)
     for one in trained:
-        if one.set_aside:
-            say(f"          {one.folder.name} had been trained on another schedule; that is now {one.set_aside}")
-        state = "already done" if one.already_done else f"{one.metrics.get('train_runtime', 0):.0f} s"
-        say(f"train     {one.method}: {state}, loss {one.metrics.get('train_loss', float('nan')):.4f}  {one.folder}")
-    if data:
-        give({one.method: one.metrics.get("train_loss") for one in trained}, as_json, "mean training loss")
+        table.add_row(one.method, *(dec(one.metrics.get(name)) for name in columns.values()))
+    show(table)
+
+
+def _check_trained(trained: Sequence[Trained]) -> None:
+    """Raises:
+    Unfinished: an arm failed; it is named.
+    """
+    failed = [one.method for one in trained if one.problem]
+    if failed:
+        raise Unfinished(f"{some(len(failed), 'arm')} of {len(trained)} could not be trained: {', '.join(failed)}")
 
 
 MaxMb = Annotated[
@@ -122,15 +226,17 @@ def run(
         say(f"          {ask.how_to_go_on(one, account)}")
     scheduled = _schedule(one)
     checked: list[str] = []
+    trained: list[Trained] = []
     _verify(one.path, checked.append)
     say(f"verify    {some(len(checked), 'check')}, all equal")
     if one.process.settings.train is not None:
-        _train(one, None, as_json=False)
+        trained = _train(one)
     else:
         say("train     left out: the process has no 'student' and 'train'")
     _report(one.path)
     if as_json:
         give({"run_dir": str(one.path), **scheduled, "report": str(one.report)}, True)
+    _check_trained(trained)
 
 
 def _check_extras(run: Run) -> None:
@@ -145,4 +251,6 @@ def _check_extras(run: Run) -> None:
                 raise MissingExtra(f"the process has a section 'train', which (no module '{name}')", "train")
         from sp2dpo.train.run import check_settings
 
-        check_settings(train)
+        student = run.process.settings.student
+        assert student is not None
+        check_settings(train, student)

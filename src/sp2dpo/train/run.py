@@ -1,197 +1,288 @@
-"""Training runs of a process: one folder for each method, complete when its manifest is there."""
+"""Training runs of a process: one folder for each arm, complete when its manifest is there.
+
+Every process of a launcher runs all of this; only the main one changes folders. What is decided before a model is
+loaded is in `sp2dpo.train.plan`.
+"""
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
-from collections.abc import Mapping
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import AutoTokenizer, TrainerCallback
+from transformers.integrations.fsdp import is_fsdp_enabled
 
-from sp2dpo.errors import ProcessError, ScheduleError
+from sp2dpo.errors import ProcessError, Sp2dpoError, TrainingError
 from sp2dpo.hashing import canonical_json, sha256_file
+from sp2dpo.numbers import some
 from sp2dpo.pairs import read_pairs
+from sp2dpo.rubric import CATEGORIES
 from sp2dpo.runs import Run
-from sp2dpo.settings import Train, train_keys
-from sp2dpo.stages import read_excluded, read_schedule
-from sp2dpo.tables import is_current, read_manifest, write_atomic, write_manifest, write_table
-from sp2dpo.train.data import check_cover, training_table
+from sp2dpo.tables import write_atomic, write_manifest, write_table
+from sp2dpo.train.config import PairwiseDPOConfig
+from sp2dpo.train.held_out import measure, measure_reference
+from sp2dpo.train.interrupt import interruptible, last_complete
+from sp2dpo.train.keys import check_settings, keys_of
+from sp2dpo.train.plan import Planned, noted_inputs, plan_arms, train_settings
+from sp2dpo.train.preview import Preview
+from sp2dpo.train.results import Training, extent, hashes, keep, logged_loss
+from sp2dpo.train.student import load_student
 from sp2dpo.train.terminal import quiet, watch
 from sp2dpo.train.toy import make_toy
-from sp2dpo.train.trainer import PairwiseDPOConfig, PairwiseDPOTrainer, margins_table
+from sp2dpo.train.trainer import PairwiseDPOTrainer, margins_table
 
-__all__ = ["Trained", "check_settings", "train_run"]
+__all__ = ["Trained", "check_settings", "preview_run", "train_run"]
+
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Trained:
-    """One finished training run."""
+    """What became of one arm; `problem` says why it has no result."""
 
     method: str
     folder: Path
     metrics: Mapping[str, float]
-    already_done: bool
+    already_done: bool = False
     set_aside: Path | None = None
+    problem: str | None = None
 
 
-def check_settings(train: Train) -> None:
-    """Let TRL and PEFT check their keys, before anything is paid for that they would refuse later.
+def train_run(
+    run: Run, names: Sequence[str] | None = None, *, limit: int | None = None, say: Say = lambda text: None
+) -> list[Trained]:
+    """Train the arms of λ, or those of these names, that are not finished yet; an interrupted one goes on from its last
+    checkpoint, and one that fails leaves the others to go on.
 
-    Raises:
-        ProcessError: with their message.
-    """
-    args = _arguments(train)
-    try:
-        with quiet():
-            PairwiseDPOConfig(output_dir="unused", **args["dpo"])
-            if args["lora"]:
-                LoraConfig(**args["lora"])
-    except (ValueError, TypeError, ImportError) as error:
-        raise ProcessError(f"train: TRL or PEFT refuses these settings: {error}") from error
-
-
-def train_run(run: Run, *, limit: int | None = None) -> list[Trained]:
-    """Train every method of the process that is not finished yet; an interrupted one goes on from its last checkpoint.
+    Args:
+        limit: train on the first so many pairs of the schedule only.
+        say: takes one line at a time, about the sweep and about each arm.
 
     Raises:
         ScheduleError: a schedule that was changed or does not fit the pairs; before any model is loaded.
-        ProcessError: the process has no student.
+        ProcessError: the process has no student, or settings that TRL or PEFT refuse.
+        InputError: no such arm.
+        KeyboardInterrupt: it was asked to end; what is done is kept.
     """
-    settings = run.process.settings
-    if settings.train is None or settings.student is None:
-        raise ProcessError("this process has no 'student' and 'train'; add them, or stop at the schedule")
-    pairs, schedule = read_pairs(run.pairs, run.command("annotate")), _trusted_schedule(run)
-    check_cover(pairs, schedule, read_excluded(run))
-    tables = {method: _table(run, pairs, schedule, method).slice(0, limit) for method in settings.train.methods}
-    args = _arguments(settings.train)
+    preview = preview_run(run, names, limit)
+    keys, state = keys_of(train_settings(run)), PartialState()
+    done = [planned for planned in preview.sweep if planned.done(run.process.lambda_hash)]
+    for planned in preview.sweep:
+        _check_processes(planned, state.num_processes)
+    state.wait_for_everyone()  # before a folder changes that another process still reads
+    trained = []
     with quiet():
-        model = _student_folder(run, pairs)
-        return [_train_one(run, method, table, args, model) for method, table in tables.items()]
+        student = _student_folder(run)
+        say(f"train     {preview.line(done)}")
+        for note in keys.notes:
+            say(f"          {note}")
+        left, begun = [planned for planned in preview.sweep if planned not in done], time.monotonic()
+        for planned in preview.sweep:
+            one = Training(run, keys, student, planned)
+            trained.append(_already(planned) if planned in done else _one(one, say))
+            say(_in_words(trained[-1]))
+            if planned in left[1:-1]:  # the first may have been quick: it may have been the untuned one
+                n = left.index(planned) + 1
+                minutes = (time.monotonic() - begun) / n * (len(left) - n) / 60
+                say(f"          {some(len(left) - n, 'arm')} left, about {minutes:.1f} min")
+    return trained
 
 
-def _trusted_schedule(run: Run) -> pa.Table:
-    """The schedule, if it is the one that its manifest describes."""
-    schedule = read_schedule(run)
-    manifest = read_manifest(run.schedule)
-    if manifest is not None and manifest["files"].get(run.schedule.name) != sha256_file(run.schedule):
-        raise ScheduleError(
-            f"{run.schedule} is not the file that its manifest describes; make it again with sp2dpo schedule, or "
-            "delete schedule.manifest.json to train on a schedule of your own"
-        )
-    return schedule
+def preview_run(run: Run, names: Sequence[str] | None = None, limit: int | None = None) -> Preview:
+    """What `train_run` would do; loads no model and writes nothing.
 
-
-def _table(run: Run, pairs: pa.Table, schedule: pa.Table, method: str) -> pa.Table:
-    low, high = run.process.settings.schedule.widest_envelope
-    beta = run.process.settings.train.beta if run.process.settings.train else 0.0
-    return training_table(pairs, schedule, method, beta=beta, beta_min=low, beta_max=high)
-
-
-def _arguments(train: Train) -> dict[str, dict[str, Any]]:
-    """The keys of `train`, split by whose they are."""
-    given = train.model_extra or {}
-    dpo = {name: value for name, value in given.items() if name in train_keys("dpo")}
-    lora = {name: value for name, value in given.items() if name in train_keys("lora")}
-    return {"dpo": dpo | {"beta": train.beta, "max_prompt_length": train.max_prompt_length}, "lora": lora}
-
-
-def _student_folder(run: Run, pairs: pa.Table) -> str:
-    """Where the student is loaded from; the toy is made here, once for all methods."""
+    Raises:
+        Sp2dpoError: as `train_run`.
+    """
+    train = train_settings(run)
     student = run.process.settings.student
     assert student is not None
+    config = check_settings(train, student)
+    return Preview(run, plan_arms(run, names, limit), config, _student_at(run))
+
+
+def _in_words(trained: Trained) -> str:
+    """One line about an arm that ended."""
+    if trained.problem:
+        return f"train     {trained.method} FAILED: {trained.problem}"
+    shown = {"loss": "train_loss", "held-out loss": "held_out_loss"}
+    if "train_loss" in trained.metrics:  # the untuned student has no margins to be right about
+        shown["held-out accuracy"] = "held_out_accuracy"
+    numbers = [f"{words} {trained.metrics[key]:.4f}" for words, key in shown.items() if key in trained.metrics]
+    took = "already done" if trained.already_done else f"{trained.metrics.get('train_runtime', 0):.0f} s"
+    return f"train     {trained.method}: {', '.join([took, *numbers])}  {trained.folder}"
+
+
+def _student_at(run: Run) -> str:
+    """The folder or hub id that the student is loaded from; that of the toy may not be there yet."""
+    student = run.process.settings.student
+    assert student is not None
+    if student.model == "toy":
+        return str(run.path / "student")
     local = run.process.base / student.model
-    if student.model != "toy":
-        return str(local) if local.is_dir() else student.model
-    folder, partial = run.path / "student", run.path / "student.partial"
-    if not folder.is_dir():
-        make_toy(partial, [row["prompt"] + row[side] for row in pairs.to_pylist() for side in ("chosen", "rejected")])
+    return str(local) if local.is_dir() else student.model
+
+
+def _student_folder(run: Run) -> str:
+    """Where the student is; the toy is made here, once for all arms."""
+    student, folder = run.process.settings.student, Path(_student_at(run))
+    is_toy = student is not None and student.model == "toy"
+    if is_toy and PartialState().is_main_process and not folder.is_dir():
+        rows, partial = read_pairs(run.pairs, run.command("annotate")).to_pylist(), run.path / "student.partial"
+        make_toy(partial, [row["prompt"] + row[side] for row in rows for side in ("chosen", "rejected")])
         inputs = {run.pairs.name: sha256_file(run.pairs)}
-        write_manifest(partial / "toy", files=_hashes(partial), inputs=inputs, lambda_hash=run.process.lambda_hash)
+        write_manifest(partial / "toy", files=hashes(partial), inputs=inputs, lambda_hash=run.process.lambda_hash)
         partial.rename(folder)
-    return str(folder)
+    PartialState().wait_for_everyone()
+    return _student_at(run)
 
 
-def _train_one(run: Run, method: str, table: pa.Table, args: dict[str, dict[str, Any]], model: str) -> Trained:
-    folder = run.training(method)
-    inputs = {
-        run.schedule.name: sha256_file(run.schedule),
-        run.pairs.name: sha256_file(run.pairs),
-        "rows": str(table.num_rows),
-    }
-    done = folder / "metrics.json"
-    if is_current(done, inputs=inputs, lambda_hash=run.process.lambda_hash):
-        return Trained(method, folder, json.loads(done.read_text(encoding="utf-8")), already_done=True)
-    set_aside = _claim(folder, inputs)
-    trainer = _trainer(run, table, args, model, folder)
-    watch(trainer, f"train {method}")
-    checkpoint = get_last_checkpoint(str(folder))
-    if checkpoint:
-        trainer.resume_margins(Path(checkpoint))
-    metrics: dict[str, float] = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    trainer.save_model(str(folder))
-    trainer.save_state()
-    if trainer.is_world_process_zero():
-        _keep(run, trainer, folder, metrics, inputs)
-    return Trained(method, folder, metrics, already_done=False, set_aside=set_aside)
+def _already(planned: Planned) -> Trained:
+    metrics = json.loads((planned.folder / "metrics.json").read_text(encoding="utf-8"))
+    return Trained(planned.arm.name, planned.folder, metrics, already_done=True)
 
 
-def _claim(folder: Path, inputs: Mapping[str, str]) -> Path | None:
+def _one(training: Training, say: Say) -> Trained:
+    state, planned = PartialState(), training.planned
+    set_aside = _claim(planned, state.num_processes) if state.is_main_process else None
+    state.wait_for_everyone()
+    say(f"train     {training.arm.name}: {training.arm.says}")
+    if set_aside:
+        say(f"          {planned.folder.name} had been trained on another schedule; that is now {set_aside}")
+    metrics, problem = {}, None
+    try:
+        metrics = _train(training) if training.arm.trained else _measure_only(training)
+    except TrainingError as error:
+        problem = str(error)
+    state.wait_for_everyone()
+    _end_trackers()
+    _free()
+    return Trained(training.arm.name, planned.folder, metrics, set_aside=set_aside, problem=problem)
+
+
+def _check_processes(planned: Planned, processes: int) -> None:
+    """Refuse to go on from a checkpoint with another number of processes: each step would have another batch.
+
+    Raises:
+        ProcessError: names both numbers.
+    """
+    folder, begun = planned.folder, noted_inputs(planned.folder).get("processes", processes)
+    finished = (folder / "metrics.manifest.json").is_file()
+    if begun != processes and planned.checkpoint and not finished and not planned.in_the_way:
+        raise ProcessError(
+            f"{folder} was begun with {begun} processes, and these are {processes}: a step would have other pairs; "
+            "go on with as many as before, or remove the folder to begin anew"
+        )
+
+
+def _claim(planned: Planned, processes: int) -> Path | None:
     """Note in a folder what is trained there; what was trained on other inputs is moved away, never gone on from.
 
     Returns:
         where the earlier training is now, if there was one.
     """
-    note, text = folder / "inputs.json", canonical_json(dict(inputs))
-    if note.is_file() and note.read_text(encoding="utf-8") == text:
-        return None
-    set_aside = None
-    if folder.is_dir() and any(folder.iterdir()):
+    folder, set_aside = planned.folder, None
+    if planned.in_the_way:
         names = (folder.with_name(f"{folder.name}.{n}") for n in itertools.count(1))
         set_aside = folder.rename(next(name for name in names if not name.exists()))
-    write_atomic(note, lambda partial: partial.write_text(text, encoding="utf-8"))
+    text = canonical_json({**planned.inputs, "processes": processes})
+    write_atomic(folder / "inputs.json", lambda partial: partial.write_text(text, encoding="utf-8"))
     return set_aside
 
 
-def _trainer(
-    run: Run, table: pa.Table, args: dict[str, dict[str, Any]], model: str, folder: Path
-) -> PairwiseDPOTrainer:
-    student = run.process.settings.student
-    revision = student.revision if student else None
+class _LastLine(TrainerCallback):  # type: ignore[misc]
+    """Logs the last step, so that no steps are missing from the end of the curves."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
+
+def _train(training: Training) -> dict[str, float]:
+    trainer = _trainer(training, training.planned.pairs)
+    trainer.add_callback(_LastLine())
+    checkpoint = last_complete(training.folder)
+    with watch(trainer, f"train {training.arm.name}"), interruptible(trainer) as interrupt:
+        metrics = dict(trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics)
+    if checkpoint:
+        metrics["train_loss"] = logged_loss(trainer.state.log_history)
+    trainer.save_model(str(training.folder))
+    trainer.save_state()
+    table = measure(trainer) if training.planned.held_out.num_rows else None
+    trainer.accelerator.wait_for_everyone()  # each process has files of its own in the checkpoints
+    if trainer.is_world_process_zero():
+        write_table(training.folder / "margins.parquet", margins_table(trainer.margins))
+        metrics = keep(training, metrics | extent(trainer), table, trainer.state.global_step)
+    if interrupt.asked:  # in the last step: this arm is whole, and the sweep ends
+        raise KeyboardInterrupt
+    return metrics
+
+
+def _measure_only(training: Training) -> dict[str, float]:
+    trainer = _trainer(training, training.planned.held_out, precompute_ref_log_probs=True, report_to="none")
+    if not trainer.is_world_process_zero():
+        return {}
+    return keep(training, extent(trainer), measure_reference(trainer), 0)
+
+
+def _trainer(training: Training, table: pa.Table, **more: Any) -> PairwiseDPOTrainer:
+    """Settings first, then the model: they choose the device, and how much of the weights each process reads."""
+    arm, keys, student = training.arm, training.keys, training.run.process.settings.student
+    assert student is not None
     defaults = {"report_to": "none", "logging_steps": 10, "dataloader_pin_memory": torch.cuda.is_available()}
-    config = PairwiseDPOConfig(output_dir=str(folder), disable_tqdm=True, **{**defaults, **args["dpo"]})
-    init = config.model_init_kwargs or {}
-    return PairwiseDPOTrainer(
-        AutoModelForCausalLM.from_pretrained(model, revision=revision, **init),
-        args=config,
-        train_dataset=Dataset(table),
-        processing_class=AutoTokenizer.from_pretrained(model, revision=revision),
-        peft_config=LoraConfig(**{"task_type": "CAUSAL_LM", **args["lora"]}) if args["lora"] else None,
-    )
+    own = {"method": arm.loss, "knobs": dict(arm.knobs), "run_name": f"{training.run.process.settings.name} {arm.name}"}
+    given = {**defaults, **keys.dpo, **own, **more, "model_init_kwargs": None}
+    config = PairwiseDPOConfig(output_dir=str(training.folder), disable_tqdm=True, **given)
+
+    def load() -> Any:
+        init = keys.dpo.get("model_init_kwargs")
+        return load_student(training.student, student.revision, quantization=student.quantization, init=init)
+
+    # Differs: TRL would load a reference that it needs itself, and not at the revision of the student
+    of_its_own = not keys.lora and (not config.precompute_ref_log_probs or is_fsdp_enabled())
+    out, at = training.planned.held_out, {"revision": student.revision} if student.revision else {}
+    model, reference = load(), load() if of_its_own else None
+    try:
+        trainer = PairwiseDPOTrainer(
+            model,
+            ref_model=reference,
+            args=config,
+            train_dataset=Dataset(table),
+            eval_dataset=Dataset(out) if out.num_rows else None,
+            categories=CATEGORIES,
+            processing_class=AutoTokenizer.from_pretrained(training.student, revision=student.revision),
+            peft_config=LoraConfig(**{"task_type": "CAUSAL_LM", **at, **keys.lora}) if keys.lora else None,
+        )
+    except Sp2dpoError:
+        raise
+    except (ValueError, NotImplementedError) as error:
+        raise ProcessError(f"train: these settings do not go together with this student: {error}") from error
+    if config.precompute_ref_log_probs:
+        trainer.ref_model = None
+    return trainer
 
 
-def _hashes(folder: Path) -> dict[str, str]:
-    """Of every file below a folder, those of checkpoints too."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.endswith(".manifest.json")]
-    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
+def _end_trackers() -> None:
+    """Close the run of W&B; otherwise the next arm of this process would log into it."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.finish()
 
 
-def _keep(
-    run: Run, trainer: PairwiseDPOTrainer, folder: Path, metrics: dict[str, float], inputs: dict[str, str]
-) -> None:
-    write_table(folder / "margins.parquet", margins_table(trainer.margins))
-    text = json.dumps(metrics, indent=1)
-    write_atomic(folder / "metrics.json", lambda partial: partial.write_text(text, encoding="utf-8"))
-    write_manifest(
-        folder / "metrics.json",
-        files=_hashes(folder),
-        inputs=inputs,
-        lambda_hash=run.process.lambda_hash,
-    )
+def _free() -> None:
+    """Give the memory of one arm back before the next is loaded."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
