@@ -35,7 +35,6 @@ from sp2dpo.report.marks import auc, read_marks
 from sp2dpo.report.provenance import settings_of
 from sp2dpo.report.sections import category_rows, extremes, most_disagreed, reversed_section
 from sp2dpo.report.tally import Tally, spend, tally_calls
-from sp2dpo.report.training import courses, curve, ends, step_edges
 from sp2dpo.runs import Run
 from sp2dpo.settings import Price
 from sp2dpo.tables import read_manifest
@@ -331,53 +330,6 @@ def test_a_setting_that_was_not_sent_is_named() -> None:
     assert notes["top_k"] == ("null", "–", "nothing to send")
     assert notes["top_p"] == ("0.8", "0.8", "")
     assert notes["effort"] == ("–", '"low"', "added for this model")
-
-
-# Training
-
-
-def test_the_last_margin_of_a_pair_is_the_one_of_its_last_step(tmp_path: Path) -> None:
-    run = make_run(tmp_path, ten(), methods=("dpo",))
-    put_margins(run, "dpo", [(1, 0, 5.0), (0, 0, 1.0), (0, 1, -2.0)])
-    (course,) = courses(run, 10)
-    everything = np.ones(10, bool)
-    assert ends(course, everything) == type(ends(course, everything))(2, 1.5, 0.5)
-    assert course.passes == 1.5
-    assert ends(course, np.arange(10) > 4).mean is None
-
-
-def test_a_curve_is_the_mean_margin_of_each_bin_of_steps(tmp_path: Path) -> None:
-    run = make_run(tmp_path, ten(), methods=("dpo",))
-    put_margins(run, "dpo", [(step, row, float(step + row)) for step in range(8) for row in (0, 1)])
-    (course,) = courses(run, 10)
-    edges = step_edges([course], [np.ones(10, bool)])
-    line = curve(course, np.arange(10) == 1, edges)
-    assert edges.tolist() == [0, 2, 4, 6, 8]
-    assert line["x"].tolist() == [1, 3, 5, 7]
-    assert line["y"].tolist() == [1.5, 3.5, 5.5, 7.5]
-
-
-def test_a_margin_below_zero_has_a_minus_sign_in_short_and_in_the_charts(tmp_path: Path) -> None:
-    run = make_run(tmp_path, ten(), methods=("dpo",))
-    put_margins(run, "dpo", [(1, row, -1.4) for row in range(10)])
-    page = page_of(run)
-    assert "Mean margin of the training pairs at the end, in nats: dpo −1.4." in page.text
-    told = [of.get("aria-label") or "" for of in page.all("div")]
-    [drawn] = [one for one in told if one.startswith("Mean margin over training, all pairs")]
-    assert drawn.endswith("in nats: dpo −1.4.")
-
-
-def test_margins_of_another_schedule_are_not_shown(tmp_path: Path) -> None:
-    run = make_run(tmp_path, ten(), methods=("dpo", "sp2dpo", "rand_beta"))
-    put_margins(run, "dpo", [(0, 0, 77.25)])
-    (run.training("dpo") / "metrics.manifest.json").write_text(
-        (run.training("dpo") / "metrics.manifest.json").read_text().replace(sha256_file(run.schedule), "0" * 64)
-    )
-    run.training("sp2dpo").mkdir()
-    problems = {course.method: course.problem for course in courses(run, 10)}
-    assert problems["dpo"] == "trained on another schedule than the one here"
-    assert (problems["sp2dpo"], problems["rand_beta"]) == ("not trained to the end", "not trained")
-    assert "77.25" not in page_of(run).text
 
 
 # The page

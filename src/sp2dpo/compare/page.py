@@ -21,6 +21,7 @@ from sp2dpo.numbers import count, dec, percent, signed
 from sp2dpo.report import figures
 from sp2dpo.report.cards import LONGEST, Card, card, visible
 from sp2dpo.report.charts import Chart
+from sp2dpo.report.measured import QUESTIONS, Question, reading
 from sp2dpo.rubric import CATEGORIES
 from sp2dpo.tables import write_atomic
 
@@ -72,17 +73,35 @@ def write_page(run_dirs: Sequence[Path], path: Path) -> Comparison:
         views.append(View(moves, charts, tuple(_shown(matched, pair) for pair in moves.moved_most)))
 
     compared = compare(run_dirs, look)
+    arms = [(f"{run.label} {arm.arm}", arm) for run in compared.training for arm in run.training.trained]
+    moved = [(label, arm) for label, arm in arms if arm.steps]
     html = _template().render(
         compared=compared,
         views=views,
         names={run.label: f"{run.label} · {run.name}" for run in compared.runs},
         categories=CATEGORIES,
+        arms=arms,
+        moved=moved,
+        grouped=[name for name in CATEGORIES if moved and all(name in arm.groups for _, arm in moved)],
+        asked=_asked(compared),
+        measured=any(arm.held_out_loss is not None for _, arm in arms),
         longest=LONGEST,
         threshold=MOVED,
         words=words,
     )
     write_atomic(path, lambda partial: partial.write_text(html, encoding="utf-8"))
     return compared
+
+
+def _asked(compared: Comparison) -> list[tuple[str, Question]]:
+    """What the controls of each run answer, question by question."""
+    return [
+        (run.label, one)
+        for against in QUESTIONS
+        for run in compared.training
+        for one in run.training.questions
+        if one.against == against and one.contrast
+    ]
 
 
 def _template() -> jinja2.Template:
@@ -94,7 +113,7 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
     )
     shown: dict[str, Any] = {"count": count, "dec": dec, "percent": percent, "signed": signed, "visible": visible}
-    environment.filters |= shown
+    environment.filters |= shown | {"reading": reading}
     return environment.get_template("page.html")
 
 

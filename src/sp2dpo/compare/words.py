@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Final
+
+from sp2dpo.audit.agreement import Estimate
 from sp2dpo.compare.moves import ELSEWHERE, MOVED, Lone, LonePair, Moved, Moves
 from sp2dpo.compare.overview import RunRow
-from sp2dpo.numbers import dec, percent, signed
+from sp2dpo.compare.training import OverSeeds, TrainedRun
+from sp2dpo.numbers import dec, percent, signed, some
 from sp2dpo.report.cards import visible
+from sp2dpo.report.measured import reading
 from sp2dpo.schedule import EXCLUSIONS
 
-__all__ = ["headline", "lacking", "named", "panel_of", "summary", "transitions"]
+__all__ = [
+    "ONE_SEED",
+    "answered",
+    "headline",
+    "lacking",
+    "measured_on",
+    "named",
+    "not_shown",
+    "over_seeds",
+    "panel_of",
+    "summary",
+    "transitions",
+]
+
+ONE_SEED: Final = (
+    "Intervals (95 %) are over pairs and know nothing of the seed: differences of one seed are mostly noise. Before a "
+    "claim, compare runs that differ in train.seed alone."
+)
 
 
 def named(pair: Moved | LonePair) -> str:
@@ -73,3 +95,33 @@ def _why(reason: str, other: str) -> str:
         return f"not in the source of {other}"
     meaning = EXCLUSIONS.get(reason)
     return f"left out of {other}: {meaning} ({reason})" if meaning else f"left out of {other} ({visible(reason)})"
+
+
+def measured_on(run: TrainedRun) -> str:
+    """What the numbers of a run's arms are of."""
+    training = run.training
+    last = "" if training.measured_on == "held-out pairs" else ", each when it was last seen in training"
+    return f"{run.label}: {some(training.n, training.measured_on.removesuffix('s'))}{last}"
+
+
+def not_shown(run: TrainedRun) -> list[str]:
+    """The arms of a run that have no numbers, and why."""
+    return [f"{run.label} {arm.arm}: {arm.problem}" for arm in run.training.arms if arm.problem]
+
+
+def answered(run: TrainedRun) -> list[str]:
+    """What the controls of a run say about its schedule, as far as they were measured."""
+    asked = [(one.asked, one.contrast) for one in run.training.questions if one.contrast]
+    return [
+        f"{run.label}: {question} sp2dpo less {one.against}, held-out loss {_interval(one.loss)}: {reading(one)}."
+        for question, one in asked
+    ]
+
+
+def over_seeds(one: OverSeeds) -> str:
+    """What several seeds say together."""
+    return f"Over {one.runs} seeds: {one.asked} sp2dpo less {one.against}, held-out loss {_interval(one.loss)}."
+
+
+def _interval(one: Estimate) -> str:
+    return signed(one.value, 3) + ("" if one.low is None else f" ({signed(one.low, 3)} to {signed(one.high, 3)})")

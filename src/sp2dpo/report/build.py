@@ -19,8 +19,8 @@ from sp2dpo.calls import open_calls
 from sp2dpo.errors import InputError
 from sp2dpo.evidence import Evidence, read_evidence
 from sp2dpo.hashing import sha256_file
-from sp2dpo.numbers import count, dec, percent
-from sp2dpo.report import charts, sections
+from sp2dpo.numbers import count, dec, percent, signed, some
+from sp2dpo.report import charts, sections, training_charts
 from sp2dpo.report.account import accounts, notes_of_pairs
 from sp2dpo.report.agreement import between_annotators, between_prompts
 from sp2dpo.report.cards import LONGEST, visible
@@ -28,9 +28,9 @@ from sp2dpo.report.charts import Chart
 from sp2dpo.report.data_charts import data_charts
 from sp2dpo.report.explorer import Block, Texts, columns_of_run, facts, odd_calls, openings, script
 from sp2dpo.report.explorer_texts import pack_texts
-from sp2dpo.report.figures import LINES
 from sp2dpo.report.figures_folder import write_figures
 from sp2dpo.report.marks import Marks, read_marks
+from sp2dpo.report.measured import reading, training_groups, training_of
 from sp2dpo.report.money import money_rows
 from sp2dpo.report.panel import panel_of, predictors_of
 from sp2dpo.report.pipeline import pipeline_of, schedule_settings, worked
@@ -107,14 +107,15 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.filters |= {"count": count, "dec": dec, "percent": percent, "visible": visible}
+    environment.filters |= {"signed": signed, "some": some, "reading": reading}
     return environment.get_template("template.html")
 
 
 def _context(evidence: Evidence, tally: Tally, calls_hash: str) -> dict[str, Any]:
     run, marks, errors = evidence.run, read_marks(evidence), label_errors(evidence)
-    rows, methods, sums = sections.category_rows(evidence), courses(run, evidence.n), accounts(evidence, tally)
+    rows, every_arm, sums = sections.category_rows(evidence), courses(evidence), accounts(evidence, tally)
     spent, files = spend(tally, run.process.settings.panel.annotators), files_of(run, calls_hash)
-    trained = [course for course in methods if course.trained]
+    trained, training = [arm for arm in every_arm if arm.trained], training_of(evidence, marks, every_arm)
     agreed, pipeline = agreement(evidence), pipeline_of(evidence)
     reversed = sections.reversed_section(evidence, marks)
     top, low = sections.extremes(evidence, marks)
@@ -125,7 +126,7 @@ def _context(evidence: Evidence, tally: Tally, calls_hash: str) -> dict[str, Any
         "lam": run.process.lambda_hash,
         "script_hash": base64.b64encode(sha256(script().encode()).digest()).decode(),
         "warnings": warnings(evidence),
-        "in_short": in_short(evidence, tally, spent, sums, rows, agreed, errors, reversed, marks, methods, files),
+        "in_short": in_short(evidence, tally, spent, sums, rows, agreed, errors, reversed, marks, training, files),
         "evidence": evidence,
         "accounts": sums,
         "notes": notes_of_pairs(evidence),
@@ -147,10 +148,11 @@ def _context(evidence: Evidence, tally: Tally, calls_hash: str) -> dict[str, Any
         "predictors": predictors_of(evidence),
         "disagreed": sections.most_disagreed(evidence, marks),
         "wide": WIDE,
-        "methods": methods,
-        "trained": trained,
-        "dashes": LINES,
-        "training_rows": sections.training_rows(evidence, marks, trained),
+        "training": training,
+        "moved": [(arm.arm, arm) for arm in training.trained if arm.steps],
+        "groups": list(training_groups(evidence, marks)),
+        "drawn": [arm for arm in trained if arm.moved],
+        "main_arms": [arm.method for arm in training_charts.main_arms(trained)],
         "pipeline": pipeline,
         "steps": worked(evidence, pipeline, sections.highest(evidence)),
         "schedule_settings": schedule_settings(run.process.settings.schedule),
@@ -175,9 +177,12 @@ def _charts(evidence: Evidence, marks: Marks, trained: list[Course]) -> dict[str
         "agreement_charts": pairwise,
         "disagreement_charts": charts.disagreement_charts(evidence),
         "data_charts": data_charts(evidence),
-        "training_charts": charts.training_charts(evidence, marks, trained),
+        "overall_charts": training_charts.overall_charts(evidence, trained),
+        "group_charts": training_charts.group_charts(evidence, marks, trained),
+        "log_charts": training_charts.log_charts(trained),
     }
     every: list[Chart] = [shown["beta_chart"], *shown["policy_charts"], *([reversed] if reversed else []), *pairwise]
     every += shown["disagreement_charts"]
-    every += [chart for _, drawn in shown["data_charts"] for chart in drawn] + shown["training_charts"]
+    every += [chart for _, drawn in shown["data_charts"] for chart in drawn]
+    every += shown["overall_charts"] + shown["group_charts"] + shown["log_charts"]
     return {**shown, "all_charts": every}

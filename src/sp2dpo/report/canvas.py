@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from io import StringIO
 from typing import Any, Final
 
@@ -17,14 +18,14 @@ from markupsafe import Markup
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-__all__ = ["ACCENT", "INK", "LINE", "LINES", "METHOD_COLOURS", "MUTED", "WRONG", "canvas", "svg"]
+__all__ = ["ACCENT", "INK", "LINE", "LINES", "METHOD_COLOURS", "MUTED", "WRONG", "Stroke", "canvas", "svg"]
 
 INK: Final = "#010203"
 MUTED: Final = "#010204"
 LINE: Final = "#010205"
 ACCENT: Final = "#010206"
 WRONG: Final = "#010207"
-METHOD_COLOURS: Final = ("#010208", "#010209", "#01020a", "#01020b")
+METHOD_COLOURS: Final = ("#010208", "#010209", "#01020a", "#01020b", "#01020c", "#01020d", "#01020e")
 _VARIABLES: Final = {
     INK: "--ink",
     MUTED: "--muted",
@@ -35,7 +36,17 @@ _VARIABLES: Final = {
 }
 
 LINES: Final = ("-", "--", ":", "-.")
-"""One dash for each method beside its colour, so that no line is told by colour alone."""
+"""Dashes, so that no line is told by its colour alone."""
+
+
+@dataclass(frozen=True)
+class Stroke:
+    """How a line is drawn: the place of its colour in `METHOD_COLOURS`, its dash, its width in points."""
+
+    colour: int
+    dash: str
+    width: float = 1.5
+
 
 WIDTH: Final = 3.5
 

@@ -16,8 +16,6 @@ from sp2dpo.report.agreement import Agreement
 from sp2dpo.report.cards import visible
 from sp2dpo.report.marks import Marks
 from sp2dpo.report.panel import predictors_of
-from sp2dpo.report.sections import training_groups
-from sp2dpo.report.training import Course, curve, step_edges
 from sp2dpo.rubric import CATEGORIES
 from sp2dpo.temperature import envelope
 
@@ -29,7 +27,6 @@ __all__ = [
     "policy_chart",
     "reversed_chart",
     "source_chart",
-    "training_charts",
 ]
 
 MOST_SCATTERS = 9
@@ -183,23 +180,3 @@ def _joint(one: Agreement) -> Chart | None:
         f"mean difference {np.abs(one.x - one.y).mean():.3f}.",
         f"{one.of}: {one.other} against {one.one}, r = {r}. On the line both are equal.{drawn}",
     )
-
-
-def training_charts(evidence: Evidence, marks: Marks, trained: list[Course]) -> list[Chart]:
-    """The course of the mean margin of each group, on shared axes."""
-    groups = training_groups(evidence, marks)
-    if marks.usable:
-        del groups["all pairs"]
-    edges = step_edges(trained, groups.values())
-    lines = {name: {c: curve(c, of_i, edges) for c in trained} for name, of_i in groups.items()}
-    seen = np.concatenate([line["y"] for group in lines.values() for line in group.values()] + [np.zeros(1)])
-    pad = 0.05 * float(np.ptp(seen)) or 1.0
-    ylim = float(seen.min()) - pad, float(seen.max()) + pad
-    shown = enumerate(lines.items()) if trained else ()
-    return [_curves(f"margin-{n}", name, group, (0.0, float(edges[-1])), ylim) for n, (name, group) in shown]
-
-
-def _curves(key: str, name: str, lines: Mapping[Course, Mapping[str, Array]], xlim: Limits, ylim: Limits) -> Chart:
-    told = ", ".join(f"{course.method} {dec(line['y'][-1], 1)}" for course, line in lines.items() if len(line["y"]))
-    svg = figures.curves(key, {course.line: line for course, line in lines.items()}, xlim, ylim)
-    return Chart(key, svg, f"Mean margin over training, {name}. Mean over the last steps, in nats: {told}.", name)

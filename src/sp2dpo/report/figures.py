@@ -16,7 +16,7 @@ from matplotlib.path import Path
 from matplotlib.ticker import MaxNLocator
 
 from sp2dpo.evidence import Array
-from sp2dpo.report.canvas import ACCENT, INK, LINE, LINES, METHOD_COLOURS, MUTED, WRONG, canvas, svg
+from sp2dpo.report.canvas import ACCENT, INK, LINE, LINES, METHOD_COLOURS, MUTED, WRONG, Stroke, canvas, svg
 from sp2dpo.report.hexagons import CORNERS, Limits, hexagons, levels, steps
 
 __all__ = [
@@ -249,15 +249,14 @@ def bars(key: str, names: Sequence[str], values: Array, low: Array, high: Array,
         return svg(figure, key)
 
 
-def curves(
-    key: str, lines: Mapping[int, Mapping[str, Array]], xlim: tuple[float, float], ylim: tuple[float, float]
-) -> Markup:
-    """One line for each method over the steps, on axes that all such charts share; keys are places in `LINES`."""
+def curves(key: str, lines: Mapping[Stroke, Mapping[str, Array]], xlim: Limits, ylim: Limits, label: str) -> Markup:
+    """One line for each arm over the steps; the first is drawn last, on the others."""
     with canvas(1.75) as (figure, axes):
-        axes.axhline(0, color=MUTED, linewidth=0.7)
-        for n, line in lines.items():
-            style = {"color": METHOD_COLOURS[n], "linestyle": LINES[n]}
+        if ylim[0] < 0 < ylim[1]:
+            axes.axhline(0, color=MUTED, linewidth=0.7)
+        for stroke, line in reversed(list(lines.items())):
+            style = {"color": METHOD_COLOURS[stroke.colour], "linestyle": stroke.dash, "linewidth": stroke.width}
             axes.plot(line["x"], line["y"], **style, marker="o" if len(line["x"]) == 1 else "", markersize=3)
-        axes.set(xlim=xlim, ylim=ylim, xlabel="training step", ylabel="mean margin Δ, nats")
+        axes.set(xlim=xlim, ylim=ylim, xlabel="training step", ylabel=label)
         axes.grid(axis="y", color=LINE, linewidth=0.5)
         return svg(figure, key)

@@ -9,6 +9,7 @@ from typing import Any
 
 from sp2dpo.hashing import sha256_file
 from sp2dpo.report.tally import Tally
+from sp2dpo.report.training import arms_of
 from sp2dpo.runs import Run
 from sp2dpo.tables import read_manifest
 
@@ -41,9 +42,8 @@ def inputs_of(run: Run, calls_hash: str) -> dict[str, str]:
     """Hashes of all that the report is made from."""
     paths = [run.path / "process.yaml", run.pairs, run.schedule, run.excluded]
     paths += [run.path / f"{stem}.manifest.json" for stem in ("pairs", "calls", "gaps", "schedule")]
-    train = run.process.settings.train
-    for method in train.methods if train else ():
-        paths += [run.training(method) / name for name in ("margins.parquet", "metrics.manifest.json")]
+    of_training = ("margins.parquet", "held_out.parquet", "trainer_state.json", "metrics.manifest.json")
+    paths += [run.training(arm.name) / name for arm in arms_of(run) for name in of_training]
     hashes = {path.relative_to(run.path).as_posix(): sha256_file(path) for path in paths if path.is_file()}
     return hashes | {run.calls.name: calls_hash}
 
@@ -56,11 +56,10 @@ def files_of(run: Run, calls_hash: str) -> list[FileRow]:
         rows += [_file(run, stage, name, sha) for name, sha in files.items()]
     logged = (read_manifest(run.calls) or {}).get("content")
     rows.insert(3, FileRow("calls", "calls.sqlite (its rows)", calls_hash, _state(calls_hash, logged)))
-    train = run.process.settings.train
-    for method in train.methods if train else ():
-        manifest = read_manifest(run.training(method) / "metrics.json") or {"files": {}}
+    for arm in arms_of(run):
+        manifest = read_manifest(run.training(arm.name) / "metrics.json") or {"files": {}}
         rows += [
-            FileRow(f"train {method}", f"train/{method}/{name}", sha, "not hashed again")
+            FileRow(f"train {arm.name}", f"train/{arm.name}/{name}", sha, "not hashed again")
             for name, sha in manifest["files"].items()
             if name.endswith((".safetensors", ".parquet", ".json")) and "token" not in name
         ]
@@ -83,9 +82,8 @@ def _state(now: str, described: str | None) -> str:
 
 def versions_of(run: Run) -> list[tuple[str, str]]:
     """What wrote each stage."""
-    train = run.process.settings.train
     stages = {"pairs": run.pairs, "calls": run.calls, "gaps": run.gaps, "schedule": run.schedule}
-    stages |= {f"train {m}": run.training(m) / "metrics.json" for m in (train.methods if train else ())}
+    stages |= {f"train {arm.name}": run.training(arm.name) / "metrics.json" for arm in arms_of(run)}
     found = {name: (read_manifest(path) or {}).get("versions", {}) for name, path in stages.items()}
     told = {name: ", ".join(f"{what} {version}" for what, version in of.items()) for name, of in found.items()}
     return [(name, text) for name, text in told.items() if text]

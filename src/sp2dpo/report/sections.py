@@ -11,13 +11,11 @@ from sp2dpo.audit.errors import LabelErrors
 from sp2dpo.evidence import Evidence, mean, median
 from sp2dpo.report.cards import Card, card
 from sp2dpo.report.marks import Marks, auc
-from sp2dpo.report.training import Course, Ended, ends
 from sp2dpo.rubric import CATEGORIES
 
 __all__ = [
     "CategoryRow",
     "Reversed",
-    "TrainedRow",
     "category_rows",
     "doubted",
     "extremes",
@@ -25,8 +23,6 @@ __all__ = [
     "highest",
     "most_disagreed",
     "reversed_section",
-    "training_groups",
-    "training_rows",
 ]
 
 SHOWN = 5
@@ -138,26 +134,3 @@ def reversed_section(evidence: Evidence, marks: Marks) -> Reversed | None:
         auc=auc(evidence.gap_i[~marks.reversed_i], evidence.gap_i[marks.reversed_i]),
         fooled=int((wrong > np.median(right)).sum()),
     )
-
-
-@dataclass(frozen=True)
-class TrainedRow:
-    """The last margins of one group of pairs, for each trained method."""
-
-    name: str
-    n: int
-    ends: tuple[Ended, ...]
-
-
-def training_groups(evidence: Evidence, marks: Marks) -> dict[str, NDArray[np.bool_]]:
-    """The groups of pairs whose margins are compared: all, the known reversed and the others, each category."""
-    groups = {"all pairs": np.ones(evidence.n, bool)}
-    if marks.usable:
-        groups |= {"known reversed": marks.reversed_i, "all others": ~marks.reversed_i}
-    return groups | {name: evidence.category_i == name for name in CATEGORIES if (evidence.category_i == name).any()}
-
-
-def training_rows(evidence: Evidence, marks: Marks, trained: list[Course]) -> list[TrainedRow]:
-    """What each group ended with, for each trained method."""
-    masks = training_groups(evidence, marks)
-    return [TrainedRow(name, int(of.sum()), tuple(ends(c, of) for c in trained)) for name, of in masks.items()]

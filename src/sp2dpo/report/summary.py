@@ -8,20 +8,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sp2dpo.audit.agreement import AgreementReport, Among
 from sp2dpo.audit.errors import LabelErrors
 from sp2dpo.evidence import Evidence
 from sp2dpo.hashing import sha256_file
-from sp2dpo.numbers import dec, some
+from sp2dpo.numbers import dec, percent, signed, some
 from sp2dpo.report.account import Sum
 from sp2dpo.report.marks import Marks
+from sp2dpo.report.measured import ArmRow, Contrast, Training
 from sp2dpo.report.panel import panel_of, predictors_of
 from sp2dpo.report.provenance import FileRow
 from sp2dpo.report.sections import CategoryRow, Reversed
 from sp2dpo.report.tally import Spent, Tally
-from sp2dpo.report.training import Course, ends
 from sp2dpo.runs import Run
 from sp2dpo.tables import read_manifest
 
@@ -31,6 +30,7 @@ WIDE = 0.2
 """Judgements of a pair that lie further apart than this are called far apart."""
 
 MOST_NAMED = 4
+MOST_ARMS = 4
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def in_short(
     errors: LabelErrors,
     reversed: Reversed | None,
     marks: Marks,
-    courses: Sequence[Course],
+    training: Training,
     files: Sequence[FileRow],
 ) -> list[Told]:
     """About ten answers, the most important first."""
@@ -67,8 +67,8 @@ def in_short(
         Told("Known to be reversed", (_reversed(reversed, marks),), "f-reversed" if marks.usable else None),
         Told("Checked by people", _people(evidence.run)),
         Told("Cost", (_cost(spent),)),
-        Told("Training", tuple(_training(evidence, marks, courses))),
-        Told("Missing", (_missing(tally, courses),)),
+        Told("Training", tuple(_training(training))),
+        Told("Missing", (_missing(tally, training),)),
         _state(files),
     ]
     return [one for one in told if one.sentences]
@@ -249,25 +249,43 @@ def _cost(spent: Spent) -> str:
     return f"{spent.usd:,.2f} USD for {spent.live:,} live attempts, at the prices in λ{more}."
 
 
-def _training(evidence: Evidence, marks: Marks, courses: Sequence[Course]) -> list[str]:
-    done = [course for course in courses if course.trained]
-    if not done:
+def _training(training: Training) -> list[str]:
+    """Of the schedule and its controls, or of the first arms where these are not there."""
+    done = [arm for arm in training.trained if arm.steps]
+    named = [arm for arm in done if arm.arm in ("sp2dpo", *(one.against for one in training.questions))]
+    shown, more = (named or done)[:MOST_ARMS], len(done)
+    if not shown:
         return []
-    said = [f"Mean margin of the training pairs at the end, in nats: {_means(done, np.ones(evidence.n, bool))}."]
-    return [*said, f"Of the reversed pairs alone: {_means(done, marks.reversed_i)}."] if marks.usable else said
+    rest = f" ({more} arms were trained; all are below)" if more > len(shown) else ""
+    if training.measured_on == "held-out pairs":
+        told = ", ".join(f"{arm.arm} {percent(arm.groups['all pairs'].accuracy)}" for arm in shown)
+        said = [f"Share of the {training.n:,} held-out pairs with a margin above 0: {told}{rest}."]
+        said += [_against(one.contrast) for one in training.questions[:1] if one.contrast]
+        alone = "Mean margin of the training pairs known to be reversed"
+    else:
+        said = [f"Mean margin of the training pairs at the end, in nats: {_means(shown, 'all pairs')}{rest}."]
+        alone = "Of the reversed pairs alone"
+    reversed = "known reversed"
+    return [*said, f"{alone}: {_means(shown, reversed)}."] if reversed in shown[0].seen else said
 
 
-def _means(courses: Sequence[Course], of_i: NDArray[np.bool_]) -> str:
-    means = {course.method: ends(course, of_i).mean for course in courses}
-    return ", ".join(f"{method} " + dec(value, 1) for method, value in means.items())
+def _means(arms: Sequence[ArmRow], group: str) -> str:
+    return ", ".join(f"{arm.arm} {dec(arm.seen[group].margin, 1)}" for arm in arms)
 
 
-def _missing(tally: Tally, courses: Sequence[Course]) -> str:
+def _against(one: Contrast) -> str:
+    loss = one.loss
+    interval = "" if loss.low is None else f" (95 % interval {signed(loss.low, 3)} to {signed(loss.high, 3)})"
+    return f"Held-out loss of sp2dpo less that of {one.against}: {signed(loss.value, 3)}{interval}, with one seed."
+
+
+def _missing(tally: Tally, training: Training) -> str:
     failed = tally.failed.total() + tally.not_asked
     missing = [f"{failed:,} answers of the panel"] if failed else []
-    missing += [] if courses else ["training (the process has none)"]
-    missing += [f"the training of {course.method} ({course.problem})" for course in courses if not course.trained]
-    return ", ".join([*missing, "any score on held-out data or a benchmark"]).capitalize() + "."
+    missing += [] if training.arms else ["training (the process has none)"]
+    missing += [f"the training of {arm.arm} ({arm.problem})" for arm in training.arms if arm.problem]
+    held_out = "" if training.measured_on == "held-out pairs" else "held-out data or "
+    return ", ".join([*missing, f"any score on {held_out}a benchmark"]).capitalize() + "."
 
 
 def _state(files: Sequence[FileRow]) -> Told:
