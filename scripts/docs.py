@@ -33,7 +33,7 @@ from typer.testing import CliRunner
 from sp2dpo import calls, cli, gaps, llm, prompts, providers, reply, rubric, schedule, settings
 from sp2dpo.pairs import store
 from sp2dpo.pairs.filters import REASONS
-from sp2dpo.train.data import MARGINS_SCHEMA
+from sp2dpo.train.data import HELD_OUT_SCHEMA, MARGINS_SCHEMA
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "sp2dpo"
@@ -198,6 +198,7 @@ def columns_page() -> str:
         "gaps": _types(gaps.GAPS_SCHEMA),
         "excluded": _types(schedule.EXCLUDED_SCHEMA),
         "margins": _types(MARGINS_SCHEMA),
+        "held_out": _types(HELD_OUT_SCHEMA),
     }
 
     def column_table(what: str) -> str:
