@@ -309,9 +309,10 @@ def test_a_kernel_that_aligns_queries_with_the_first_keys_is_found_out() -> None
 
 
 def varlen_on_a_cpu(
-    query: Tensor, key: Tensor, value: Tensor, *ends: Any, scale: float, window_size: Any, **_: Any
+    query: Tensor, key: Tensor, value: Tensor, *ends: Any, scale: float, window_size: Any, enable_gqa: bool = False
 ) -> Tensor:
     """What the interface of a variable-length kernel promises, written out; causal from the last key."""
+    assert enable_gqa or query.size(1) == key.size(1)
     query_ends, key_ends, longest_query, longest_key = ends
     parts = []
     for n in range(len(query_ends) - 1):
@@ -324,8 +325,13 @@ def varlen_on_a_cpu(
     return torch.cat(parts)
 
 
-def test_variable_length_kernels_are_given_the_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_on_a_cpu)
+def varlen_of_an_older_torch(*given: Any, scale: float, window_size: Any) -> Tensor:
+    return varlen_on_a_cpu(*given, scale=scale, window_size=window_size)
+
+
+@pytest.mark.parametrize("varlen", [varlen_on_a_cpu, varlen_of_an_older_torch])
+def test_variable_length_kernels_are_given_the_segments(monkeypatch: pytest.MonkeyPatch, varlen: Any) -> None:
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
     assert kernels.agrees(kernels._torch_varlen(), CPU, torch.float32, 4, 2, 16) < 1e-6
 
 

@@ -208,6 +208,11 @@ def test_a_beta_that_no_loss_can_use_is_refused_with_its_row(student: str, rows:
         pairwise(student, dataset(rows, [*BETAS[:3], bad, *BETAS[4:]]), tmp_path)
 
 
+def test_a_dataset_with_images_is_refused(student: str, rows: Any, tmp_path: Path) -> None:
+    with pytest.raises(ScheduleError, match="has images"):
+        pairwise(student, dataset(rows).add_column("images", [[]] * len(rows)), tmp_path)
+
+
 def test_a_dataset_without_beta_is_refused(student: str, rows: Any, tmp_path: Path) -> None:
     with pytest.raises(ScheduleError, match="no column 'beta'"):
         pairwise(student, Dataset.from_list(rows), tmp_path)

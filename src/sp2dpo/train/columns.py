@@ -40,6 +40,8 @@ def in_order(dataset: Any, args: PairwiseDPOConfig) -> Any:
 
 def check_columns(dataset: Any, name: str, args: PairwiseDPOConfig) -> None:
     names = getattr(dataset, "column_names", None)
+    if {"image", "images"} & set(names or ()):
+        raise ScheduleError(f"the {name} dataset has images, which per-pair control does not train on here")
     if names is not None and "beta" not in names:
         raise ScheduleError(f"the {name} dataset has no column 'beta'; its columns: {', '.join(names)}")
     if not isinstance(dataset, Dataset):

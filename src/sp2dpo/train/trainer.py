@@ -133,7 +133,7 @@ class PairwiseDPOTrainer(DPOTrainer):  # type: ignore[misc]
             raise ValueError(f"layout 'shared' cannot be used: {reason}; use 'auto' or 'padded'")
         self.layout, self.layout_reason = ("padded", reason) if reason else ("shared", "")
         if reason:
-            logger.info("padded layout: %s", reason)
+            logger.log(logging.WARNING if self.args.layout == "auto" else logging.INFO, "padded layout: %s", reason)
         else:
             layout.install(self.model)
             if self.ref_model is not None:

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
+from inspect import signature
 from typing import Final
 
 import torch
@@ -103,14 +104,18 @@ def _flat(x: Tensor) -> Tensor:
 
 def _torch_varlen() -> Kernel:
     varlen_attn = import_module("torch.nn.attention.varlen").varlen_attn
+    grouped = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
     def kernel(query: Tensor, key: Tensor, value: Tensor, row: Row, scale: float, window: int | None) -> Tensor:
+        keys, values = _flat(key)[row.keys], _flat(value)[row.keys]
+        if not grouped:  # torch before it took groups
+            keys, values = (x.repeat_interleave(query.size(1) // x.size(1), 1) for x in (keys, values))
         out: Tensor = varlen_attn(
-            *(_flat(query), _flat(key)[row.keys], _flat(value)[row.keys]),
+            *(_flat(query), keys, values),
             *(row.query_ends, row.key_ends, *row.longest),
             scale=scale,
             window_size=_window(window),
-            enable_gqa=True,
+            **grouped,
         )
         return out[None]
 

@@ -7,11 +7,14 @@ places in the row, states carried from token to token) shows here in fp32, in ab
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.integrations import deepspeed
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
 from sp2dpo.train.layout.attention import Unsupported
@@ -37,8 +40,22 @@ def objection(model: PreTrainedModel, *, dropout: bool) -> str | None:
     """
     key = (type(model), model.config.to_json_string(use_diff=False), dropout)
     if key not in _known:
-        _known[key] = _judge(model, dropout)
+        with _without_deepspeed():
+            _known[key] = _judge(model, dropout)
     return _known[key]
+
+
+@contextmanager
+def _without_deepspeed() -> Iterator[None]:
+    """ZeRO-3 would look for its marks on the parameters of the small model, which it does not share out."""
+    config = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        held = config() if config is not None else None
+        if held is not None:
+            deepspeed.set_hf_deepspeed_config(held)
 
 
 def _judge(model: PreTrainedModel, dropout: bool) -> str | None:
