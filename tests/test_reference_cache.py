@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from sp2dpo.errors import DataError
+from sp2dpo.errors import DataError, ProcessError
 from sp2dpo.train import PairwiseDPOConfig, PairwiseDPOTrainer
 from sp2dpo.train.reference import ReferenceCache, cache_folder
 from sp2dpo.train.reference_file import SCHEMA, ReferenceFile
@@ -427,3 +427,13 @@ def test_two_pairs_have_one_key_just_where_the_collator_makes_them_one(
     for key, batch in zip(keys, batches, strict=True):
         assert key.tokens == batch["attention_mask"].sum()
         assert [key.chosen_tokens, key.rejected_tokens] == batch["completion_mask"].sum(dim=1).tolist()
+
+
+def test_weights_that_only_the_first_process_has_read_are_no_reference(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make()
+    monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    with pytest.raises(ProcessError, match="fsdp_cpu_ram_efficient_loading: false"):
+        ReferenceCache("off").log_probs(trainer, trainer.train_dataset, "train", 4)

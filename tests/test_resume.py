@@ -311,7 +311,7 @@ with interruptible(trainer):
 @pytest.mark.parametrize("stop", ["SIGINT", "SIGKILL"])
 def test_a_process_that_is_stopped_goes_on_in_another(make: Make, student: str, tmp_path: Path, stop: str) -> None:
     command = [sys.executable, "-c", SCRIPT, student, str(tmp_path / "run"), stop, "5"]
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes, env=env, start_new_session=True) as process:
         assert process.stdout is not None
@@ -358,7 +358,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_and_both_go_on(student: str
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     env |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     command = [sys.executable, "-c", TWO, student, str(tmp_path)]
     processes = [

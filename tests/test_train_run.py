@@ -32,6 +32,7 @@ from sp2dpo.schedule import EXCLUDED_SCHEMA
 from sp2dpo.settings import Student, Train
 from sp2dpo.stages import prepare_run, schedule_run
 from sp2dpo.train.data import arm_columns, check_cover, training_table
+from sp2dpo.train.interrupt import Interrupt
 from sp2dpo.train.run import check_settings, preview_run, train_run
 from sp2dpo.train.toy import make_toy
 from sp2dpo.verify import verify
@@ -174,6 +175,25 @@ def test_a_sweep_that_is_interrupted_ends_there_and_goes_on_from_it(tmp_path: Pa
             assert sha256_file(runs["cut"].training(arm) / name) == sha256_file(runs["whole"].training(arm) / name)
     loss = [json.loads((run.training("dpo") / "metrics.json").read_text())["train_loss"] for run in runs.values()]
     assert loss[1] == pytest.approx(loss[0], rel=0.05)
+
+
+def test_the_checkpoint_of_an_interrupt_goes_when_none_were_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path, TRAIN | {"methods": ["dpo"], "max_steps": 4, "save_strategy": "no"})
+    step_end = Interrupt.on_step_end
+
+    def asked_in_the_second_step(self: Interrupt, args: Any, state: Any, control: Any, **more: Any) -> None:
+        self.asked = state.global_step == 2
+        step_end(self, args, state, control, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Interrupt, "on_step_end", asked_in_the_second_step)
+        with pytest.raises(KeyboardInterrupt):
+            train_run(run)
+    assert (run.training("dpo") / "checkpoint-2").is_dir()
+    train_run(run)
+    assert not [*run.training("dpo").glob("checkpoint-*")]
 
 
 # Sweeps ----------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 from trl.models import prepare_deepspeed
 
-from sp2dpo.errors import DataError
+from sp2dpo.errors import DataError, ProcessError
 from sp2dpo.progress import Progress
 from sp2dpo.train.reference_file import SCHEMA, ReferenceFile
 from sp2dpo.train.reference_key import PairKey, model_facts, pair_keys
@@ -68,11 +68,17 @@ class ReferenceCache:
 
         Raises:
             DataError: a dataset without a length.
+        ProcessError: FSDP that has read the weights in one process only.
         """
         if not isinstance(dataset, Dataset):
             raise DataError(
                 f"the {name} dataset is a stream, whose reference log-probs cannot be computed before training; load "
                 "it as a whole, or set precompute_ref_log_probs: false"
+            )
+        if trainer.is_fsdp_enabled and os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "").lower() == "true":
+            raise ProcessError(
+                "the reference pass comes before FSDP shares out the weights, which only the first process has read; "
+                "set fsdp_cpu_ram_efficient_loading: false, or precompute_ref_log_probs: false"
             )
         facts = model_facts(trainer)
         main = trainer.accelerator.is_main_process
@@ -166,7 +172,7 @@ def _compute(trainer: Any, dataset: Dataset, rows: list[int], batch_size: int, s
         generator=torch.Generator(),  # a pass that is not needed must not change the random numbers of training
     )
     model, accelerator, done = _model(trainer), trainer.accelerator, 0
-    with _shown(len(rows), shelf) as progress, _evaluating(model):
+    with _shown(len(rows), shelf) as progress, _evaluating(model), _placed(trainer, model):
         try:
             for batch in accelerator.prepare(loader):
                 logps = accelerator.gather_for_metrics(trainer.compute_ref_log_probs(model, batch))
@@ -209,6 +215,20 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def _placed(trainer: Any, model: torch.nn.Module) -> Iterator[None]:
+    """Where the batches are. Under FSDP a model that is also the policy waits on the CPU until training shards it."""
+    home, device = next(model.parameters()).device, trainer.accelerator.device
+    moves = trainer.is_fsdp_enabled and trainer.ref_model is None and home.type == "cpu" != device.type
+    if moves:
+        model.to(device)
+    try:
+        yield
+    finally:
+        if moves:
+            model.to(home)
 
 
 def _from_main(value: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -223,6 +224,9 @@ def _train(training: Training) -> dict[str, float]:
     table = measure(trainer) if training.planned.held_out.num_rows else None
     trainer.accelerator.wait_for_everyone()  # each process has files of its own in the checkpoints
     if trainer.is_world_process_zero():
+        if trainer.args.save_strategy == "no":  # an interrupt has saved one all the same
+            for left in training.folder.glob("checkpoint-*"):
+                shutil.rmtree(left)
         write_table(training.folder / "margins.parquet", margins_table(trainer.margins))
         metrics = keep(training, metrics | extent(trainer), table, trainer.state.global_step)
     if interrupt.asked:  # in the last step: this arm is whole, and the sweep ends
