@@ -361,7 +361,61 @@ def test_keys_of_trl_that_reshape_the_loss_act_as_there(student: str, rows: Any,
     ours = pairwise(student, dataset(rows, [0.1] * len(rows)), tmp_path / "ours", ld_alpha=0.5, layout="padded")
     ours.train()
     assert losses(ours) == losses(plain)
-    with pytest.raises(ValueError, match="ld_alpha are TRL's for DPO"):
+    with pytest.raises(ValueError, match="under method 'simpo': ld_alpha"):
         PairwiseDPOConfig(method="simpo", ld_alpha=0.5, **settings(tmp_path))
     with pytest.raises(ValueError, match="weight, which do nothing under TRL's ld_alpha"):
         pairwise(student, dataset(rows).add_column("weight", [2.0] * len(rows)), tmp_path, ld_alpha=0.5)
+
+
+def test_controls_that_would_do_nothing_are_refused(student: str, rows: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="controls of each step do nothing under TRL's ld_alpha"):
+        pairwise(student, dataset(rows), tmp_path, controls=[RunningBeta()], ld_alpha=0.5)
+    with pytest.raises(ValueError, match="a knob of the methods cdpo and robust"):
+        PairwiseDPOConfig(label_smoothing=0.3, **settings(tmp_path))
+    with pytest.raises(ValueError, match="label_smoothing, which does nothing in the method 'sp2dpo'"):
+        pairwise(student, dataset(rows).add_column("label_smoothing", [0.4] * len(rows)), tmp_path)
+
+
+def test_label_smoothing_of_each_pair_is_that_of_the_method(student: str, rows: Any, tmp_path: Path) -> None:
+    def last(data: Dataset, **knobs: float) -> float:
+        trainer = pairwise(student, data, tmp_path, method="cdpo", knobs=knobs)
+        trainer.train()
+        return losses(trainer)[-1]
+
+    of_pairs = last(dataset(rows).add_column("label_smoothing", [0.4] * len(rows)))
+    assert of_pairs == pytest.approx(last(dataset(rows), label_smoothing=0.4), rel=1e-6)
+    assert of_pairs != pytest.approx(last(dataset(rows), label_smoothing=0.1), rel=1e-3)
+
+
+def test_a_stream_is_refused(student: str, rows: Any, tmp_path: Path) -> None:
+    with pytest.raises(ScheduleError, match="the train dataset is a stream"):
+        pairwise(student, dataset(rows).to_iterable_dataset(), tmp_path)
+
+
+def test_a_dataset_that_keeps_no_pair_is_refused(student: str, rows: Any, tmp_path: Path) -> None:
+    with pytest.raises(ScheduleError, match="keeps no pair"):
+        pairwise(student, dataset(rows).add_column("keep", [0] * len(rows)), tmp_path)
+
+
+@pytest.mark.parametrize("column", ["beta", "order", "row"])
+def test_words_in_place_of_numbers_are_refused(student: str, rows: Any, tmp_path: Path, column: str) -> None:
+    data = dataset(rows)
+    data = (data.remove_columns(column) if column in data.column_names else data).add_column(
+        column, ["0.1"] * len(rows)
+    )
+    with pytest.raises(ScheduleError, match=f"row 0 of the train dataset has {column} 0.1"):
+        pairwise(student, data, tmp_path)
+
+
+def test_an_order_leaves_the_settings_of_the_caller_alone(student: str, rows: Any, tmp_path: Path) -> None:
+    trainer = pairwise(student, dataset(rows).add_column("order", list(range(len(rows)))), tmp_path)
+    assert trainer.args.train_sampling_strategy == "random"
+
+
+def test_saturation_is_that_of_the_loss_with_all_its_controls(student: str, rows: Any, tmp_path: Path) -> None:
+    data = dataset(rows).add_column("margin", [50.0] * len(rows)).add_column("weight", [2.0] * len(rows))
+    data = data.add_column("route", ["preference", "sft"] * (len(rows) // 2))
+    trainer = pairwise(student, data, tmp_path, max_steps=1, per_device_train_batch_size=8)
+    trainer.train()
+    beta = np.array(BETAS[::2])
+    assert trainer.state.log_history[0]["saturation"] == pytest.approx((2 * beta / (1 + np.exp(-50 * beta))).mean())

@@ -12,7 +12,7 @@ from sp2dpo.train.layout import KEY, plan
 
 __all__ = ["COLUMNS", "CONTROLS", "PairwiseCollator"]
 
-CONTROLS: Final = ("beta", "margin", "weight", "route")
+CONTROLS: Final = ("beta", "margin", "weight", "route", "label_smoothing")
 """Columns of the data that shape the loss of a pair."""
 
 COLUMNS: Final = (*CONTROLS, "row", "category")
@@ -21,8 +21,8 @@ COLUMNS: Final = (*CONTROLS, "row", "category")
 
 @dataclass
 class PairwiseCollator(DataCollatorForPreference):  # type: ignore[misc]
-    """TRL's batch with, each (B,) and where the data has it: `beta`, `margin`, `weight` float32, `route` (true: SFT),
-    `row`, `category` (place in `categories`, or −1); and the plan of the shared layout if `shared`.
+    """TRL's batch with, each (B,) and where the data has it: `beta`, `margin`, `weight`, `label_smoothing` float32,
+    `route` (true: SFT), `row`, `category` (place in `categories`, or −1); the plan of the shared layout if `shared`.
     """
 
     shared: bool = False

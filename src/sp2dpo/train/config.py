@@ -48,9 +48,11 @@ class PairwiseDPOConfig(DPOConfig):  # type: ignore[misc]
             raise ValueError(
                 f"loss_type '{', '.join(losses)}' has no per-pair β here; name one of sp2dpo.methods by 'method'"
             )
+        if self.label_smoothing:
+            raise ValueError("label_smoothing does nothing to DPO's loss; it is a knob of the methods cdpo and robust")
         if self.reshaped and self.method not in ("sp2dpo", "dpo"):
             raise ValueError(
-                f"{', '.join(self.reshaped)} are TRL's for DPO, and do nothing under method '{self.method}'"
+                f"keys of TRL that shape DPO's loss do nothing under method '{self.method}': {', '.join(self.reshaped)}"
             )
 
     @property

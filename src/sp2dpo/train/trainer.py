@@ -17,8 +17,8 @@ from typing import Any, Final
 
 import pyarrow.parquet as pq
 import torch
-from datasets import Dataset
 from torch import Tensor
+from torch.utils.data import SequentialSampler
 from transformers.trainer_utils import rotate_checkpoints
 from trl import DPOTrainer
 
@@ -32,7 +32,7 @@ from sp2dpo.train.guard import check_gradient, check_loss
 from sp2dpo.train.interrupt import SEAL, last_complete
 from sp2dpo.train.reference import ReferenceCache
 from sp2dpo.train.sampling import EpochOrder, LengthGrouped
-from sp2dpo.train.tally import Tally, margins_table
+from sp2dpo.train.tally import Tally, margins_table, pull
 
 __all__ = ["PairwiseDPOConfig", "PairwiseDPOTrainer", "margins_table"]
 
@@ -76,9 +76,11 @@ class PairwiseDPOTrainer(DPOTrainer):  # type: ignore[misc]
     """`trl.DPOTrainer` that reads, per pair, from columns of its datasets:
 
     `beta` (required; positive, finite), `margin` (in log-ratio units, inside β), `weight` (≥ 0), `keep` (pairs with 0
-    are left out of training), `route` ("preference" or "sft"), `order` (pairs are trained in this order), `row` (an
-    integer by which `margins` names the pair), `pair_id` (by which messages do) and `category` (metrics are logged by
-    it too).
+    are left out of training), `route` ("preference" or "sft"), `order` (pairs are trained in this order),
+    `label_smoothing` (ε of the pair, for methods that have it), `row` (an integer by which `margins` names the pair),
+    `pair_id` (by which messages do) and `category` (metrics are logged by it too).
+
+    TRL's `rewards/…` are log-ratios times β of the column, whatever the method; `saturation` is of the loss itself.
 
     `margins` has the implicit margins Δ_i of every training batch as it was seen. `layout` is the layout in use,
     "shared" or "padded", and `layout_reason` why it is not the shared one.
@@ -89,7 +91,7 @@ class PairwiseDPOTrainer(DPOTrainer):  # type: ignore[misc]
 
     Raises:
         ScheduleError: no column `beta`, or a value that no loss can use; before any step.
-        ValueError: `layout="shared"` for a model or setting that does not support it.
+        ValueError: `layout="shared"` for a model or setting that does not support it; a control that would do nothing.
         TrainingError: a loss or gradient that is not finite, or a loss that explodes.
 
     Eq. 1, 5.
@@ -106,20 +108,23 @@ class PairwiseDPOTrainer(DPOTrainer):  # type: ignore[misc]
         controls: Sequence[StepControl] = (),
         **more: Any,
     ) -> None:
+        if controls and args.reshaped:
+            raise ValueError(f"controls of each step do nothing under TRL's {args.reshaped[0]}")
         evals = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
-        for name, dataset in {"train": train_dataset, **evals}.items():
-            if dataset is not None:
-                check_columns(dataset, name, args)
+        datasets = {"train": train_dataset} | {name: each for name, each in evals.items() if each is not None}
+        for name, dataset in datasets.items():
+            check_columns(dataset, name, args)
         self.data_collator: Any
         self.beta: Any  # TRL's scalar; a tensor in its place while a loss is computed
         self.margins: list[tuple[int, int, float]] = []
         self.layout, self.layout_reason = "", ""
         self.controls = tuple(controls)
-        self.categories = categories_of([train_dataset, *evals.values()]) if categories is None else tuple(categories)
+        self.categories = categories_of([*datasets.values()]) if categories is None else tuple(categories)
         self._tallies = {"train": Tally(), "eval": Tally()}
         self._names = names_of(train_dataset)
         self._rows: list[int] = []  # of the optimizer step that is being computed
-        train_dataset = in_order(train_dataset, args)
+        self._ordered = "order" in train_dataset.column_names
+        train_dataset = in_order(train_dataset)
         super().__init__(model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **more)
         self._set_up()
         self.add_callback(EpochOrder())
@@ -167,8 +172,6 @@ class PairwiseDPOTrainer(DPOTrainer):  # type: ignore[misc]
         keep = args.max_prompt_length
         if keep is not None:
             dataset = dataset.map(lambda row: {"prompt_ids": row["prompt_ids"][-keep:]}, desc="Cutting prompts")
-        if not isinstance(dataset, Dataset):
-            return dataset
         if max_length is not None and args.truncation_mode == "keep_start":
             refuse_long_prompts(dataset, dataset_name, max_length)
         lengths = [
@@ -188,7 +191,9 @@ class PairwiseDPOTrainer(DPOTrainer):  # type: ignore[misc]
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Differs: rows of similar length come together in an order that a resumed run repeats."""
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy != "group_by_length" or not isinstance(dataset, Dataset):
+        if self._ordered:
+            return SequentialSampler(dataset)
+        if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         together = self.args.train_batch_size * self.args.gradient_accumulation_steps
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -205,7 +210,11 @@ class PairwiseDPOTrainer(DPOTrainer):  # type: ignore[misc]
             ref_chosen, ref_rejected = self.compute_ref_log_probs(self.ref_model or self.model, rest)
             rest |= {"ref_chosen_logps": ref_chosen, "ref_rejected_logps": ref_rejected}
         controls = Controls(
-            beta=inputs["beta"], margin=inputs.get("margin"), weight=inputs.get("weight"), sft=inputs.get("route")
+            beta=inputs["beta"],
+            margin=inputs.get("margin"),
+            weight=inputs.get("weight"),
+            sft=inputs.get("route"),
+            label_smoothing=inputs.get("label_smoothing"),
         )
         heard, pair_beta = _Heard(model), _PairBeta(controls.beta)
         with _in_place(self, beta=pair_beta, precompute_ref_logps=True):
@@ -221,7 +230,7 @@ class PairwiseDPOTrainer(DPOTrainer):  # type: ignore[misc]
             loss = self._mean(each, controls.keep)
             if self.aux_loss_enabled:
                 loss += self.router_aux_loss_coef * heard.outputs.aux_loss
-        self._note(inputs, controls.beta, pair_beta.margins, each.detach(), untrained)
+        self._note(inputs, controls, pair_beta.margins, each.detach(), untrained)
         return (loss, outputs) if return_outputs else loss
 
     def _of_this_step(self, batch: PairBatch, controls: Controls) -> Controls:
@@ -256,16 +265,22 @@ class PairwiseDPOTrainer(DPOTrainer):  # type: ignore[misc]
         return self._names.get(row, f"row {row}")
 
     def _note(
-        self, inputs: Mapping[str, Tensor], beta: Tensor, margins: Tensor, each: Tensor, untrained: Callable[[], Tensor]
+        self,
+        inputs: Mapping[str, Tensor],
+        controls: Controls,
+        margins: Tensor,
+        each: Tensor,
+        untrained: Callable[[], Tensor],
     ) -> None:
         """Keep β and Δ of a batch, of all processes, for the metrics and for `margins`; stop at a loss gone wrong."""
-        seen = {"beta": beta, "margin": margins, "loss": each, "weight": inputs.get("weight", torch.ones_like(beta))}
+        seen = {"beta": inputs["beta"], "margin": margins, "used": controls.beta, "loss": each}
+        seen["pull"] = pull(controls, margins)
         seen |= {name: inputs[name] for name in ("row", "category") if name in inputs}
         seen = {name: value.cpu() for name, value in self._of_all_processes(seen).items()}
         if self.model.training:
             self._check(seen, untrained)
         tally = self._tallies["train" if self.model.training else "eval"]
-        for name in ("beta", "margin", "weight", "category"):
+        for name in ("beta", "margin", "used", "pull", "category"):
             if name in seen:
                 getattr(tally, name).append(seen[name])
         if self.model.training and "row" in seen:
@@ -280,7 +295,7 @@ class PairwiseDPOTrainer(DPOTrainer):  # type: ignore[misc]
         self._rows += rows.tolist()
         if each.mean() < UNSUSPECTED:  # false for NaN
             return
-        told = dict(zip(rows.tolist(), zip(seen["beta"].tolist(), seen["margin"].tolist(), strict=True), strict=True))
+        told = dict(zip(rows.tolist(), zip(seen["used"].tolist(), seen["margin"].tolist(), strict=True), strict=True))
 
         def describe(row: int) -> str:
             return "{} (β {:.4g}, margin {:.4g})".format(self._named(row), *told[row])
@@ -294,7 +309,7 @@ class PairwiseDPOTrainer(DPOTrainer):  # type: ignore[misc]
         accelerate cuts them off by the last batch that was fetched, and in training transformers fetches all batches of
         a step first; so there they are counted.
         """
-        if not self.model.training or not isinstance(self.train_dataset, Dataset):
+        if not self.model.training:
             return dict(self.accelerator.gather_for_metrics(seen))
         if self.args.dataloader_drop_last:
             return dict(self.accelerator.gather(seen))
