@@ -220,7 +220,9 @@ def test_a_prompt_that_is_held_out_stays_so_in_a_larger_share_and_in_another_ord
     assert (held_out(rows, 0.1, 8) != few).any()
 
 
-@pytest.mark.parametrize("of", [[0], [0, 0, 0, 0]])
-def test_pairs_that_cannot_be_split_are_refused(of: list[int]) -> None:
-    with pytest.raises(ScheduleError, match="cannot be split"):
+@pytest.mark.parametrize(
+    ("of", "words"), [([0], "1 pair with 1 prompt cannot"), ([0, 0, 0, 0], "4 pairs with 1 prompt cannot")]
+)
+def test_pairs_that_cannot_be_split_are_refused(of: list[int], words: str) -> None:
+    with pytest.raises(ScheduleError, match=f"{words} be split"):
         held_out(prompts(of), 0.1, 7)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,6 +25,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from sp2dpo.errors import DataError, ProcessError
 from sp2dpo.train import PairwiseDPOConfig, PairwiseDPOTrainer
+from sp2dpo.train import reference as reference_module
 from sp2dpo.train.reference import ReferenceCache, cache_folder
 from sp2dpo.train.reference_file import SCHEMA, ReferenceFile
 from sp2dpo.train.reference_key import pair_keys
@@ -71,6 +74,12 @@ class Counted(PairwiseDPOTrainer):
 
 
 Make = Callable[..., Counted]
+
+
+@pytest.fixture(autouse=True)
+def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing has been said yet."""
+    monkeypatch.setattr(reference_module, "_said", set())
 
 
 @pytest.fixture
@@ -302,25 +311,149 @@ def test_a_file_that_cannot_be_trusted_is_set_aside_and_said(
     assert again(trainer)[0] == 0
 
 
+def _said(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Lines on stderr about the reference."""
+    return [line for line in capsys.readouterr().err.splitlines() if "reference log-probs" in line]
+
+
+@pytest.fixture
+def killed(monkeypatch: pytest.MonkeyPatch, make: Make) -> Callable[..., None]:
+    """Makes a trainer whose reference pass ends after some pairs."""
+
+    def make_and_kill(rows: Any, after: int, **more: Any) -> None:
+        plain = Counted.compute_ref_log_probs
+
+        def stops(self: Counted, model: Any, inputs: dict[str, Any]) -> Any:
+            if self.passed == after:
+                raise KeyboardInterrupt
+            return plain(self, model, inputs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Counted, "compute_ref_log_probs", stops)
+            with pytest.raises(KeyboardInterrupt):
+                make(rows, **more)
+
+    return make_and_kill
+
+
 def test_a_pass_that_is_interrupted_keeps_what_it_computed(
-    make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    make: Make, killed: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plain = Counted.compute_ref_log_probs
+    killed(pairs(), after=4, per_device_train_batch_size=2)
+    assert _said(capsys) == ["          reference log-probs: 8 pairs to compute"]
+    assert make().passed == 4
+    assert _said(capsys) == ["          reference log-probs: 4 of 8 pairs to compute"]
 
-    def stops(self: Counted, model: Any, inputs: dict[str, Any]) -> Any:
-        if self.passed == 4:
+
+def test_a_pass_that_was_killed_ends_with_the_bits_of_one_that_was_not(make: Make, killed: Callable[..., None]) -> None:
+    """Also where the rows come in another order, and several have one length."""
+    rows = pairs([3, 5, 4, 2, 7, 6, 1, 8])
+    whole = make(rows, per_device_train_batch_size=3, reference_cache="off")
+    killed(rows, after=3, per_device_train_batch_size=3)
+    rest = make(rows[::-1], per_device_train_batch_size=3)
+    assert rest.passed == 5
+    assert reference(rest) == [side[::-1] for side in reference(whole)]
+
+
+TWO = """
+import json, sys
+from pathlib import Path
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from sp2dpo.train import PairwiseDPOConfig
+from test_reference_cache import Counted, pairs, reference, settings
+
+folder, student = Path(sys.argv[1]), sys.argv[2]
+seen = []
+
+class Stops(Counted):
+    def compute_ref_log_probs(self, model, inputs):
+        if len(seen) == self.args.seed:
             raise KeyboardInterrupt
-        return plain(self, model, inputs)
+        seen.append(inputs["input_ids"].tolist())
+        return super().compute_ref_log_probs(model, inputs)
 
-    monkeypatch.setattr(Counted, "compute_ref_log_probs", stops)
-    with pytest.raises(KeyboardInterrupt):
-        make(per_device_train_batch_size=2)
-    monkeypatch.setattr(Counted, "compute_ref_log_probs", plain)
-    rest = make()
-    assert rest.passed == 4
-    assert "4 of 8 pairs from the cache" in capsys.readouterr().err
-    rest.args.reference_cache = "off"
-    np.testing.assert_allclose(reference(rest), again(rest)[1], rtol=1e-5)
+def ran(cache, stop_after=99):
+    seen.clear()
+    more = {"per_device_train_batch_size": 2, "reference_cache": str(folder / cache), "seed": stop_after}
+    trainer = Stops(
+        AutoModelForCausalLM.from_pretrained(student),
+        args=PairwiseDPOConfig(**settings(folder / "out", **more)),
+        train_dataset=Dataset.from_list([{"beta": 0.1} | row for row in pairs(range(11))]),
+        processing_class=AutoTokenizer.from_pretrained(student),
+    )
+    return list(seen), reference(trainer), trainer.accelerator
+
+whole, numbers, accelerator = ran("whole")
+try:
+    ran("killed", stop_after=1)
+except KeyboardInterrupt:
+    pass
+accelerator.wait_for_everyone()
+rest, again, accelerator = ran("killed")
+told = {"whole": len(whole), "same_batches": rest == whole[1:], "same_numbers": numbers == again}
+(folder / f"rank{accelerator.process_index}.json").write_text(json.dumps(told))
+"""
+
+
+def test_a_killed_pass_of_two_processes_goes_on_with_the_same_batches(student: str, tmp_path: Path) -> None:
+    (tmp_path / "two.py").write_text(TWO, encoding="utf-8")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(__file__).parent)}
+    line = [sys.executable, *launcher, str(tmp_path / "two.py"), str(tmp_path), student]
+    ran = subprocess.run(line, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    for rank in (0, 1):
+        told = json.loads((tmp_path / f"rank{rank}.json").read_text(encoding="utf-8"))
+        assert told == {"whole": 3, "same_batches": True, "same_numbers": True}
+    (table,) = (pq.read_table(path) for path in (tmp_path / "killed").glob("*.parquet"))
+    assert table.num_rows == 11
+
+
+def test_the_batches_of_a_pass_do_not_depend_on_the_order_of_the_rows(make: Make) -> None:
+    def batches(rows: list[dict[str, Any]]) -> list[list[list[int]]]:
+        seen: list[list[list[int]]] = []
+        trainer = make(rows, reference_cache="off")
+        collate = trainer.data_collator
+
+        def heard(examples: list[dict[str, Any]]) -> Any:
+            seen.append([example["prompt_ids"] for example in examples])
+            return collate(examples)
+
+        trainer.data_collator = _Heard(collate, heard)
+        again(trainer)
+        return seen
+
+    rows = [row | {"chosen": row["rejected"]} for row in pairs([3, 5, 4, 2, 7, 6, 1, 8])]  # all of one length
+    assert batches(rows) == batches(rows[::-1])
+
+
+class _Heard:
+    """A collator of which each call is heard."""
+
+    def __init__(self, collate: Any, heard: Callable[[list[dict[str, Any]]], Any]) -> None:
+        self._collate, self._heard = collate, heard
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._collate, name)
+
+    def __call__(self, examples: list[dict[str, Any]]) -> Any:
+        return self._heard(examples)
+
+
+def test_another_batch_moves_only_the_last_bits(make: Make) -> None:
+    """So much may a run differ from another whose cache came from other datasets."""
+    numbers = [make(per_device_train_batch_size=size, reference_cache="off") for size in (1, 3, 8)]
+    for other in numbers[1:]:
+        np.testing.assert_allclose(reference(other), reference(numbers[0]), rtol=1e-5)
+
+
+def test_what_came_from_the_cache_is_said_once_in_a_process(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    make()
+    capsys.readouterr()
+    for _ in range(2):
+        make()
+    assert _said(capsys) == ["          reference log-probs: from the cache"]
 
 
 def test_a_pass_writes_as_it_goes(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,13 +486,20 @@ def test_a_number_that_is_not_finite_is_used_but_not_kept(make: Make, monkeypatc
     assert np.isfinite(chosen).all()
 
 
-def test_a_folder_that_cannot_be_written_is_said_and_training_goes_on(
-    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_folder_that_cannot_be_written_is_said_once_with_its_setting_and_training_goes_on(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "no_folder").write_text("")
     trainer = make(reference_cache=str(tmp_path / "no_folder" / "cache"))
-    assert "reference log-probs cannot be kept" in capsys.readouterr().err
+    again(trainer)
     assert np.isfinite(reference(trainer)).all()
+    _, said, _ = _said(capsys)
+    assert said.startswith("sp2dpo: reference log-probs cannot be kept (")
+    assert said.endswith("; name another folder by reference_cache")
+    monkeypatch.setenv("SP2DPO_CACHE", str(tmp_path / "no_folder"))
+    again(make(reference_cache=None))
+    _, said, _ = _said(capsys)
+    assert said.endswith("; name another folder by SP2DPO_CACHE")
 
 
 def test_off_keeps_nothing(make: Make, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from sp2dpo.settings import Student, Train
 from sp2dpo.stages import prepare_run, schedule_run
 from sp2dpo.train.data import arm_columns, check_cover, training_table
 from sp2dpo.train.interrupt import Interrupt
+from sp2dpo.train.plan import plan_arms
 from sp2dpo.train.run import check_settings, preview_run, train_run
 from sp2dpo.train.toy import make_toy
 from sp2dpo.verify import verify
@@ -119,11 +121,33 @@ def test_training_on_another_schedule_starts_afresh_and_keeps_the_old_model(tmp_
     train_run(runs[1], limit=4)
     before = (runs[1].training("sp2dpo") / "model.safetensors").read_bytes()
     train_run(runs[0])
-    (again,) = train_run(runs[1])
+    said: list[str] = []
+    (again,) = train_run(runs[1], say=said.append)
     fresh, retrained = ((run.training("sp2dpo") / "model.safetensors").read_bytes() for run in runs)
     assert fresh == retrained != before
     assert again.set_aside is not None
     assert (again.set_aside / "model.safetensors").read_bytes() == before
+    assert f"          sp2dpo had been trained on 4 rows of the schedule, not 8; that is now {again.set_aside}" in said
+
+
+@pytest.mark.parametrize(
+    ("note", "words"),
+    [
+        ({"schedule.parquet": "0"}, "another schedule.parquet"),
+        ({"pairs.parquet": "0", "rows": "1"}, "another pairs.parquet and 1 row of the schedule, not 8"),
+        ({"rows": None}, "inputs that it does not name"),
+        ({}, ""),
+    ],
+)
+def test_what_is_in_the_way_says_which_input_is_another(scheduled: Run, note: dict[str, Any], words: str) -> None:
+    (planned,) = plan_arms(scheduled, ["dpo"])
+    kept = {name: value for name, value in {**planned.inputs, **note}.items() if value is not None}
+    planned.folder.mkdir(parents=True)
+    try:
+        (planned.folder / "inputs.json").write_text(json.dumps(kept), encoding="utf-8")
+        assert planned.in_the_way == words
+    finally:
+        shutil.rmtree(planned.folder.parent)
 
 
 def test_a_category_with_bounds_of_its_own_trains_by_them(tmp_path: Path) -> None:
@@ -168,13 +192,19 @@ def test_a_sweep_that_is_interrupted_ends_there_and_goes_on_from_it(tmp_path: Pa
     assert "the same command goes on" in said
     assert not last.exists()
     assert not (dpo / "metrics.manifest.json").exists()
-    again = train_run(runs["cut"])
+    said_again: list[str] = []
+    again = train_run(runs["cut"], say=said_again.append)
     assert [one.already_done for one in again] == [False, False]
     for arm in ("dpo", "sp2dpo"):
         for name in ("model.safetensors", "margins.parquet", "held_out.parquet"):
             assert sha256_file(runs["cut"].training(arm) / name) == sha256_file(runs["whole"].training(arm) / name)
-    loss = [json.loads((run.training("dpo") / "metrics.json").read_text())["train_loss"] for run in runs.values()]
-    assert loss[1] == pytest.approx(loss[0], rel=0.05)
+    whole, cut = (json.loads((run.training("dpo") / "metrics.json").read_text()) for run in runs.values())
+    assert cut["train_loss"] == pytest.approx(whole["train_loss"], rel=0.05)
+    of_the_last_leg = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
+    assert whole.keys() - cut.keys() == of_the_last_leg
+    assert not [line for line in said_again if "train     dpo: 0 s" in line]
+    shutil.rmtree(runs["cut"].training("sp2dpo"))
+    assert "as those that are done" not in preview_run(runs["cut"]).line(preview_run(runs["cut"]).sweep[:1])
 
 
 def test_the_checkpoint_of_an_interrupt_goes_when_none_were_asked_for(
@@ -441,6 +471,7 @@ def test_the_code_of_a_card_loads_the_model(adapted: Run, form: str, monkeypatch
     exec(code, names)
     assert names["model"].num_parameters() > 0
     assert names["tokenizer"].chat_template
+    assert code.count("from transformers import") == 1
     front = yaml.safe_load(card.split("---")[1])
     assert front["library_name"] == ("transformers" if form else "peft")
     assert "base_model" not in front  # that of this run is a folder of this machine
@@ -456,7 +487,7 @@ def test_an_arm_that_breaks_leaves_the_others_to_go_on(tmp_path: Path) -> None:
     broken, trained = train_run(run)
     assert broken.problem is not None
     assert "step 1" in broken.problem
-    assert pq.read_table(run.schedule)["pair_id"][0].as_py() in broken.problem
+    assert f"pair {pq.read_table(run.schedule)['pair_id'][0].as_py()[:12]} " in broken.problem
     assert trained.problem is None
     assert not (run.training("simpo") / "metrics.manifest.json").exists()
     assert (run.training("sp2dpo") / "metrics.manifest.json").is_file()
@@ -528,9 +559,36 @@ def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(scheduled: Run,
     beta = pq.read_table(scheduled.schedule)["beta"].to_numpy()[:6]
     assert [arm["method"] for arm in told["arms"]] == ["constant_beta", "ipo"]
     assert told["arms"][0]["beta_mean"] == pytest.approx(beta.mean(), rel=1e-6)
+    assert [told["arms"][1][f"beta_{name}"] for name in ("min", "mean", "max")] == [0.1] * 3
+    assert "β" in told["arms"][0]["what"]
     assert [(arm["pairs"], arm["steps"], arm["state"]) for arm in told["arms"]] == [(6, 1, "not begun")] * 2
     assert told["pairs_per_step"] == 4
     assert files_of(scheduled) == before
+
+
+def test_a_dry_run_comes_before_the_toy_is_made(tmp_path: Path, sp2dpo: Sp2dpo) -> None:
+    run = make_run(tmp_path, n=8, student={"model": "toy"})
+    assert not (run.path / "student").exists()
+    ran = sp2dpo(*command(run, "--dry-run"))
+    assert ran.code == 0, ran.err
+    assert "3 arms to train, 2 steps of 4 pairs" in ran.out
+    told = json.loads(sp2dpo(*command(run, "--dry-run", "--json")).out)
+    assert told["disk_bytes_per_arm"] is None
+
+
+def test_a_dry_run_fits_a_terminal_of_80_columns(
+    scheduled: Run, sp2dpo: Sp2dpo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    ran = sp2dpo(*command(scheduled, "--controls", "--dry-run"))
+    (row,) = (line for line in ran.out.splitlines() if line.startswith("  shuffled_beta "))
+    assert re.search(r" to \d\.\d{4}, mean \d\.\d{4} +8 +1 +not begun *$", row)
+
+
+def test_the_limit_of_a_training_is_no_beginning_of_a_longer_one(sp2dpo: Sp2dpo) -> None:
+    text = " ".join(sp2dpo("train", "--help").out.split())
+    assert "train on the first N pairs: a run of its own" in text
+    assert "the rest can follow later" not in text
 
 
 def test_the_controls_without_held_out_pairs_are_those_that_can_be_trained(scheduled: Run, sp2dpo: Sp2dpo) -> None:
@@ -723,6 +781,32 @@ def test_a_schedule_that_leaves_out_a_pair_silently_is_refused(tables: tuple[pa.
 def test_settings_that_trl_or_peft_refuse_are_found_before_anything_is_paid_for(bad: dict[str, Any]) -> None:
     with pytest.raises(ProcessError, match="refuses these settings"):
         check_settings(Train.model_validate(TRAIN | bad), Student(model="toy"))
+
+
+@pytest.mark.parametrize(
+    ("bad", "names", "words"),
+    [
+        ({"methods": ["ipo", "dpo"], "ld_alpha": 0.5}, None, "ld_alpha"),
+        ({"methods": ["dpo", "simpo"], "ld_alpha": 0.5}, None, "ld_alpha"),
+        ({"methods": ["dpo"], "ld_alpha": 0.5}, ["ipo"], "ld_alpha"),
+        ({"label_smoothing": 0.1}, None, "label_smoothing"),
+        ({"loss_type": "ipo"}, None, r"train\.methods: \[ipo\]"),
+        ({"loss_type": ["sigmoid", "ipo"]}, None, r"train\.methods: \[ipo\]"),
+        ({"loss_type": "hinge"}, None, "train.methods; there are ipo, simpo"),
+    ],
+)
+def test_a_setting_that_one_arm_of_a_sweep_cannot_have_is_found_before_any(
+    bad: dict[str, Any], names: list[str] | None, words: str
+) -> None:
+    student = Student(model="toy")
+    with pytest.raises(ProcessError, match=words) as refused:
+        check_settings(Train.model_validate(TRAIN | bad), student, names)
+    assert "'method'" not in str(refused.value)
+
+
+def test_a_setting_that_no_arm_of_a_sweep_minds_is_none_to_refuse() -> None:
+    train = Train.model_validate(TRAIN | {"methods": ["ipo", "dpo"], "ld_alpha": 0.5})
+    assert check_settings(train, Student(model="toy"), ["dpo", "rand_beta"]).ld_alpha == 0.5
 
 
 def test_quantized_weights_without_an_adapter_are_refused_before_anything_is_paid_for() -> None:

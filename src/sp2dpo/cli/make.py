@@ -66,6 +66,7 @@ Methods = Annotated[
     list[str] | None, typer.Option("--method", metavar="NAME", help="train this arm instead; can be repeated")
 ]
 Controls = Annotated[bool, typer.Option("--controls", help="train the method, its baselines and all controls")]
+TrainLimit = Annotated[int | None, typer.Option("--limit", min=1, help="train on the first N pairs: a run of its own")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="say what would be trained; load no model")]
 
 
@@ -75,7 +76,7 @@ def train(
     run_dir: RunDir = None,
     method: Methods = None,
     controls: Controls = False,
-    limit: Limit = None,
+    limit: TrainLimit = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -125,11 +126,11 @@ def _preview(run: Run, names: Sequence[str] | None, limit: int | None, as_json: 
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table("arm", "β", "pairs", "steps", "state", "what", box=SIMPLE_HEAD)
+    table = Table("arm", "β", "pairs", "steps", "state", box=SIMPLE_HEAD)
     for row in rows:
         low, mean, high = (dec(row[f"beta_{name}"]) for name in ("min", "mean", "max"))
         beta = mean if low == high else f"{low} to {high}, mean {mean}"
-        table.add_row(row["method"], beta, f"{row['pairs']:,}", f"{row['steps']:,}", row["state"], row["what"])
+        table.add_row(row["method"], beta, f"{row['pairs']:,}", f"{row['steps']:,}", row["state"])
     return table
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from sp2dpo.arms import Arm, arm_of
 from sp2dpo.errors import ScheduleError, nearest
 from sp2dpo.hashing import sha256_json
+from sp2dpo.numbers import some
 from sp2dpo.pairs import pair_id
 from sp2dpo.tables import schema_of
 
@@ -97,8 +98,9 @@ def held_out(rows: pa.Table, share: float, seed: int) -> NDArray[np.bool_]:
             mask[at] = True
     if not mask.any() or mask.all():
         raise ScheduleError(
-            f"train.held_out is {share:g}, and {rows.num_rows} pairs with {len(of_prompt)} prompts cannot be split so "
-            "that both parts have a prompt and no prompt is in both; take more pairs, or set held_out to 0"
+            f"train.held_out is {share:g}, and {some(rows.num_rows, 'pair')} with {some(len(of_prompt), 'prompt')} "
+            "cannot be split so that both parts have a prompt and no prompt is in both; take more pairs, or set "
+            "held_out to 0"
         )
     return mask
 

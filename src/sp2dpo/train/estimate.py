@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 __all__ = ["bytes_of_arm", "in_words", "parameters_of"]
 
@@ -18,12 +18,17 @@ _TRAINED_WIDTH: Final = 4
 
 
 def parameters_of(student: str, revision: str | None) -> tuple[int, int] | None:
-    """Parameters of a student and the bytes of each in its checkpoint, by its files; None if they are not here yet."""
+    """Parameters of a student and the bytes of each in its checkpoint, by its files; None if they are not here yet.
+
+    A student without a revision is a folder: on the hub each has one.
+    """
     folder = Path(student)
     if not folder.is_dir():
+        if revision is None:
+            return None
         try:
             folder = Path(snapshot_download(student, revision=revision, local_files_only=True))
-        except (LocalEntryNotFoundError, HfHubHTTPError, OSError):
+        except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
             return None
     weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if not weights or not (folder / "config.json").is_file():

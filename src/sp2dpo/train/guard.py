@@ -24,8 +24,8 @@ NAMED: Final = 5
 
 LOOK: Final = (
     "look at learning_rate (lower) and warmup_steps (longer), at β of these pairs, at completions without a token, and "
-    "at the dtype (fp16 overflows where bf16 and float32 do not); no weight was updated with this step, and the last "
-    "checkpoint is from before it, but under the same settings the same step comes again"
+    "at the dtype (fp16 overflows where bf16 and float32 do not); no weight was updated with this step, and no "
+    "checkpoint holds it; under the same settings the same step comes again"
 )
 
 Describe = Callable[[int], str]

@@ -1,4 +1,7 @@
-"""The keys of λ's section `train` as TRL and PEFT take them, checked by these before anything is paid for."""
+"""The keys of λ's section `train` as TRL and PEFT take them.
+
+They check them before anything is trained; `sp2dpo run` has them checked before anything is paid for, too.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Any
 from peft import LoraConfig
 from transformers.integrations import get_reporting_integration_callbacks
 
+from sp2dpo.arms import WITH_KNOBS
 from sp2dpo.errors import ProcessError
 from sp2dpo.settings import Student, Train, train_keys
 from sp2dpo.train.config import PairwiseDPOConfig
@@ -37,24 +41,31 @@ def keys_of(train: Train) -> Keys:
     return Keys(dpo | own, lora, notes)
 
 
-def check_settings(train: Train, student: Student) -> PairwiseDPOConfig:
-    """Let TRL, PEFT and transformers check their keys, before anything is paid for that they would refuse later.
+def check_settings(train: Train, student: Student, names: Sequence[str] | None = None) -> PairwiseDPOConfig:
+    """Let TRL, PEFT and transformers check their keys under the loss of every arm, before a model is loaded.
+
+    Args:
+        names: the arms; None: those of λ.
 
     Returns:
         the keys as TRL takes them; they also choose how the processes of a launcher talk to each other.
 
     Raises:
         ProcessError: with their message; or a tracker of `report_to` that is not installed.
+        InputError: no such arm.
         MissingExtra: `student.quantization` without bitsandbytes.
     """
     keys = keys_of(train)
+    arms = {arm.loss: arm for arm in map(train.arm, names or train.methods)}  # a loss has the same knobs in every arm
+    _check_loss_type(keys.dpo.get("loss_type", "sigmoid"))
     if student.quantization is not None:
         if not keys.lora:
             raise ProcessError("student.quantization makes weights that cannot be trained; add LoRA, train.r")
         quantization_of(student.quantization)
     try:
         with quiet():
-            config = PairwiseDPOConfig(output_dir="unused", **keys.dpo)
+            for arm in arms.values():
+                config = PairwiseDPOConfig(output_dir="unused", **keys.dpo, method=arm.loss, knobs=dict(arm.knobs))
             if keys.lora:
                 LoraConfig(**keys.lora)
     except (ValueError, TypeError, ImportError) as error:
@@ -63,6 +74,16 @@ def check_settings(train: Train, student: Student) -> PairwiseDPOConfig:
         raise ProcessError("train.eval_strategy needs held-out pairs, and train.held_out is 0; set it, such as 0.05")
     _check_trackers([] if "report_to" not in keys.dpo else config.report_to)
     return config
+
+
+def _check_loss_type(given: Any) -> None:
+    """TRL's names of losses have no β for each pair; an arm has."""
+    names = given if isinstance(given, list) else [given]
+    if names == ["sigmoid"]:
+        return
+    known = [name for name in names if name in WITH_KNOBS]
+    arms = f"train.methods: [{', '.join(known)}]" if known else f"train.methods; there are {', '.join(WITH_KNOBS)}"
+    raise ProcessError(f"train.loss_type is {', '.join(map(str, names))}: leave it out, and name the loss in {arms}")
 
 
 def _check_trackers(names: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ import pyarrow as pa
 from sp2dpo.arms import Arm
 from sp2dpo.errors import ProcessError, ScheduleError
 from sp2dpo.hashing import sha256_file
+from sp2dpo.numbers import some
 from sp2dpo.pairs import read_pairs
 from sp2dpo.runs import Run
 from sp2dpo.settings import Train
@@ -29,6 +30,9 @@ __all__ = ["Planned", "beta_of", "noted_inputs", "plan_arms", "steps_of", "train
 
 _WHOLE: Final = "checkpoint-*/margins.parquet"
 """What a checkpoint has last."""
+
+_ROWS: Final = "rows"
+"""How many rows of the schedule were taken, among the inputs of an arm."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,10 +54,18 @@ class Planned:
         return is_current(self.folder / "metrics.json", inputs=self.inputs, lambda_hash=lambda_hash)
 
     @property
-    def in_the_way(self) -> bool:
-        """Whether the folder holds what was trained on other inputs."""
-        there = self.folder.is_dir() and any(self.folder.iterdir())
-        return there and {**noted_inputs(self.folder), **self.inputs} != noted_inputs(self.folder)
+    def in_the_way(self) -> str:
+        """What the folder holds was trained on, in words, if these are other inputs; empty if they are not."""
+        if not self.folder.is_dir() or not any(self.folder.iterdir()):
+            return ""
+        noted = noted_inputs(self.folder)
+        other = [name for name, value in self.inputs.items() if noted.get(name) != value]
+        if not other:
+            return ""
+        if not self.inputs.keys() <= noted.keys():
+            return "inputs that it does not name"
+        rows = f"{some(int(noted[_ROWS]), 'row')} of the schedule, not {self.inputs[_ROWS]}"
+        return " and ".join(rows if name == _ROWS else f"another {name}" for name in other)
 
     @property
     def checkpoint(self) -> Path | None:
@@ -92,7 +104,7 @@ def plan_arms(run: Run, names: Sequence[str] | None = None, limit: int | None = 
     inputs = {
         run.schedule.name: sha256_file(run.schedule),
         run.pairs.name: sha256_file(run.pairs),
-        "rows": str(rows.num_rows),
+        _ROWS: str(rows.num_rows),
     }
     planned = []
     for arm in arms:
@@ -134,6 +146,7 @@ def steps_of(pairs: int, config: Any, processes: int) -> int:
 
 
 def beta_of(table: pa.Table) -> tuple[float, float, float]:
-    """Least, mean and largest β of a table of pairs."""
+    """Least, mean and largest β of a table of pairs, to the 7 digits that float32 keeps."""
     beta = table["beta"].to_numpy().astype(np.float64)
-    return float(beta.min()), float(beta.mean()), float(beta.max())
+    low, mean, high = (float(f"{value:.7g}") for value in (beta.min(), beta.mean(), beta.max()))
+    return low, mean, high

@@ -58,9 +58,9 @@ class Preview:
             free = shutil.disk_usage(self.run.path).free
             few = "" if free > self.disk * len(left) else ", which is too little"
             parts.append(f"about {in_words(self.disk)} of disk each, {in_words(free)} free{few}")
-        took = [_runtime(one.folder) for one in done if one.arm.trained]
+        took = [minutes for one in done if one.arm.trained and (minutes := _minutes(one.folder)) is not None]
         if took:
-            parts.append(f"about {sum(took) / len(took) / 60:.1f} min each, as those that are done")
+            parts.append(f"about {sum(took) / len(took):.1f} min each, as those that are done")
         return "; ".join(parts)
 
     def rows(self, lambda_hash: str) -> list[dict[str, Any]]:
@@ -101,5 +101,7 @@ def _state(one: Planned, lambda_hash: str) -> str:
     return f"goes on from {one.checkpoint.name}" if one.checkpoint else "not begun"
 
 
-def _runtime(folder: Path) -> float:
-    return float(json.loads((folder / "metrics.json").read_text(encoding="utf-8")).get("train_runtime", 0.0))
+def _minutes(folder: Path) -> float | None:
+    """How long a finished arm took; None if it went on from a checkpoint."""
+    runtime = json.loads((folder / "metrics.json").read_text(encoding="utf-8")).get("train_runtime")
+    return None if runtime is None else float(runtime) / 60

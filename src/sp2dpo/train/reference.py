@@ -3,6 +3,10 @@
 TRL keys its own cache by the dataset with β in it, so each schedule costs it a reference pass, and where there are
 several processes it needs a dataset on disk. This one is keyed by content (`reference_key`) and kept in files
 (`reference_file`).
+
+A number that is kept is never replaced. Its last bits depend on the batch that it was computed in, and the batches of a
+pass follow from the set of pairs that are missing and the batch size alone. A pass that was killed has kept whole
+batches, so that the next one has the others again, and the numbers are those of a pass that was not.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from torch.utils.data import DataLoader
 from trl.models import prepare_deepspeed
 
 from sp2dpo.errors import DataError, ProcessError
+from sp2dpo.numbers import some
 from sp2dpo.progress import Progress
 from sp2dpo.train.reference_file import SCHEMA, ReferenceFile
 from sp2dpo.train.reference_key import PairKey, model_facts, pair_keys
@@ -34,7 +39,12 @@ __all__ = ["ReferenceCache", "cache_folder"]
 FLUSH_EVERY_S: Final = 30.0
 """A pass that is killed has lost no more than it computed in this time."""
 
+INDENT: Final = " " * 10
+"""Of what is said about a training below its first line."""
+
 LogProbs = tuple[float, float]
+
+_said: set[str] = set()
 
 
 def cache_folder() -> Path:
@@ -53,6 +63,7 @@ class ReferenceCache:
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
+        self._setting = "SP2DPO_CACHE" if folder is None else "reference_cache"
         self.folder = None if folder == "off" else cache_folder() if folder is None else Path(folder)
 
     def log_probs(self, trainer: Any, dataset: Any, name: str, batch_size: int) -> Dataset:
@@ -68,7 +79,7 @@ class ReferenceCache:
 
         Raises:
             DataError: a dataset without a length.
-        ProcessError: FSDP that has read the weights in one process only.
+            ProcessError: FSDP that has read the weights in one process only.
         """
         if not isinstance(dataset, Dataset):
             raise DataError(
@@ -82,7 +93,7 @@ class ReferenceCache:
             )
         facts = model_facts(trainer)
         main = trainer.accelerator.is_main_process
-        shelf = _Shelf(self.folder, facts, _keys(trainer, dataset)) if main else None
+        shelf = _Shelf(self.folder, self._setting, facts, _keys(trainer, dataset)) if main else None
         missing: list[int] = _from_main(shelf.missing() if shelf else None)
         if missing:
             _compute(trainer, dataset, missing, batch_size, shelf)
@@ -93,11 +104,14 @@ class ReferenceCache:
 class _Shelf:
     """What is known of the rows of one dataset, in the main process: from the file before, and computed since."""
 
-    def __init__(self, folder: Path | None, facts: dict[str, str] | None, keys: Sequence[PairKey]) -> None:
-        self._keys = keys
+    def __init__(
+        self, folder: Path | None, setting: str, facts: dict[str, str] | None, keys: Sequence[PairKey]
+    ) -> None:
+        self._keys, self._folder, self._setting = keys, folder, setting
         self._file = ReferenceFile(folder, facts) if folder and facts else None
         if folder and not facts:
-            _say("the reference model's weights cannot be read here; its log-probs are not kept")
+            words = "the reference model's weights cannot be read here; its log-probs are not kept"
+            _say_once("weights", f"sp2dpo: {words}")
         self._known: dict[bytes, LogProbs] = self._read()
         self._new: list[PairKey] = []
         self._flushed = time.monotonic()
@@ -114,12 +128,18 @@ class _Shelf:
         return {pair: (chosen, rejected) for pair, chosen, rejected in zip(*columns, strict=True)}
 
     def missing(self) -> list[int]:
-        """One row for each pair that is not known, the longest first: what does not fit is seen at once."""
-        first = {key.sha256: n for n, key in reversed(list(enumerate(self._keys)))}
+        """One row for each pair that is not known, in an order that does not depend on that of the rows.
+
+        The longest first: what does not fit is seen at once.
+        """
+        first = {key.sha256: n for n, key in enumerate(self._keys)}
         rows = [n for sha256, n in first.items() if sha256 not in self._known]
-        if len(rows) < len(first):
-            _say(f"reference: {len(first) - len(rows):,} of {len(first):,} pairs from the cache")
-        return sorted(rows, key=lambda n: -self._keys[n].tokens)
+        if rows:
+            pairs = some(len(rows), "pair") if len(rows) == len(first) else f"{len(rows):,} of {len(first):,} pairs"
+            _say(f"{INDENT}reference log-probs: {pairs} to compute")
+        elif first:
+            _say_once("cache", f"{INDENT}reference log-probs: from the cache")
+        return sorted(rows, key=lambda n: (-self._keys[n].tokens, self._keys[n].sha256))
 
     def put(self, rows: Sequence[int], chosen: Sequence[float], rejected: Sequence[float]) -> None:
         for n, pair in zip(rows, zip(chosen, rejected, strict=True), strict=True):
@@ -144,7 +164,8 @@ class _Shelf:
 
     def _without(self, error: OSError) -> None:
         self._file = None
-        _say(f"reference log-probs cannot be kept ({error}); name another folder by reference_cache or SP2DPO_CACHE")
+        words = f"sp2dpo: reference log-probs cannot be kept ({error}); name another folder by {self._setting}"
+        _say_once(f"folder {self._folder}", words)
 
     def columns(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         pairs = np.array([self._known[key.sha256] for key in self._keys], dtype=np.float32).reshape(-1, 2)
@@ -162,9 +183,15 @@ def _keys(trainer: Any, dataset: Dataset) -> list[PairKey]:
 
 
 def _compute(trainer: Any, dataset: Dataset, rows: list[int], batch_size: int, shelf: _Shelf | None) -> None:
-    """The reference pass over some rows; what it has computed is kept, however it ends."""
+    """The reference pass over some rows; what it has computed is kept, however it ends.
+
+    Where several processes share the work the last batches are filled up with the last row: accelerate would fill them
+    with the first ones, which are others in a pass that goes on after one that was killed.
+    """
+    processes = trainer.accelerator.num_processes
+    fill = -len(rows) % (batch_size * processes) if processes > 1 else 0
     loader = DataLoader(
-        dataset.select(rows),
+        dataset.select(rows + rows[-1:] * fill),
         batch_size=batch_size,
         collate_fn=trainer.data_collator,
         num_workers=trainer.args.dataloader_num_workers,
@@ -177,10 +204,11 @@ def _compute(trainer: Any, dataset: Dataset, rows: list[int], batch_size: int, s
             for batch in accelerator.prepare(loader):
                 logps = accelerator.gather_for_metrics(trainer.compute_ref_log_probs(model, batch))
                 chosen, rejected = (side.float().tolist() for side in logps)
+                these = rows[done : done + len(chosen)]
                 if shelf and progress:
-                    shelf.put(rows[done : done + len(chosen)], chosen, rejected)
-                    progress.advance(len(chosen))
-                done += len(chosen)
+                    shelf.put(these, chosen[: len(these)], rejected[: len(these)])
+                    progress.advance(len(these))
+                done += len(these)
         finally:
             if shelf:
                 shelf.flush()
@@ -239,4 +267,11 @@ def _from_main(value: Any) -> Any:
 
 
 def _say(words: str) -> None:
-    print(f"sp2dpo: {words}", file=sys.stderr, flush=True)
+    print(words, file=sys.stderr, flush=True)
+
+
+def _say_once(about: str, words: str) -> None:
+    """In a process: a sweep looks up the pairs of each arm twice."""
+    if about not in _said:
+        _said.add(about)
+        _say(words)

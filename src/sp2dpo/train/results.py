@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pyarrow as pa
 
@@ -21,7 +21,7 @@ from sp2dpo.train.keys import Keys
 from sp2dpo.train.merged import merge
 from sp2dpo.train.plan import Planned, train_settings
 
-__all__ = ["Training", "extent", "hashes", "keep", "logged_loss"]
+__all__ = ["Training", "extent", "hashes", "keep", "of_all_legs"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,17 @@ def extent(trainer: Any) -> dict[str, float]:
     return {"processes": args.world_size, "pairs_per_step": a_step}
 
 
-def logged_loss(history: Sequence[Mapping[str, float]]) -> float:
+_OF_THE_LAST_LEG: Final = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
+"""Of a training that went on from a checkpoint; nothing keeps how long the legs before took."""
+
+
+def of_all_legs(metrics: Mapping[str, float], history: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Metrics of a training that went on from a checkpoint, without what transformers knows of the last leg only."""
+    kept = {name: value for name, value in metrics.items() if name not in _OF_THE_LAST_LEG}
+    return {**kept, "train_loss": _logged_loss(history)}
+
+
+def _logged_loss(history: Sequence[Mapping[str, float]]) -> float:
     """Mean loss of all steps, from the means that were logged; transformers counts only those since it went on."""
     logged = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     steps = [now - before for (before, _), (now, _) in itertools.pairwise([(0, 0.0), *logged])]

@@ -38,7 +38,7 @@ from sp2dpo.train.interrupt import interruptible, last_complete
 from sp2dpo.train.keys import check_settings, keys_of
 from sp2dpo.train.plan import Planned, noted_inputs, plan_arms, train_settings
 from sp2dpo.train.preview import Preview
-from sp2dpo.train.results import Training, extent, hashes, keep, logged_loss
+from sp2dpo.train.results import Training, extent, hashes, keep, of_all_legs
 from sp2dpo.train.student import load_student
 from sp2dpo.train.terminal import quiet, watch
 from sp2dpo.train.toy import make_toy
@@ -110,7 +110,7 @@ def preview_run(run: Run, names: Sequence[str] | None = None, limit: int | None 
     train = train_settings(run)
     student = run.process.settings.student
     assert student is not None
-    config = check_settings(train, student)
+    config = check_settings(train, student, names)
     return Preview(run, plan_arms(run, names, limit), config, _student_at(run))
 
 
@@ -122,8 +122,11 @@ def _in_words(trained: Trained) -> str:
     if "train_loss" in trained.metrics:  # the untuned student has no margins to be right about
         shown["held-out accuracy"] = "held_out_accuracy"
     numbers = [f"{words} {trained.metrics[key]:.4f}" for words, key in shown.items() if key in trained.metrics]
-    took = "already done" if trained.already_done else f"{trained.metrics.get('train_runtime', 0):.0f} s"
-    return f"train     {trained.method}: {', '.join([took, *numbers])}  {trained.folder}"
+    if trained.already_done:
+        numbers.insert(0, "already done")
+    elif "train_runtime" in trained.metrics:
+        numbers.insert(0, f"{trained.metrics['train_runtime']:.0f} s")
+    return f"train     {trained.method}: {', '.join(numbers)}  {trained.folder}"
 
 
 def _student_at(run: Run) -> str:
@@ -157,11 +160,9 @@ def _already(planned: Planned) -> Trained:
 
 def _one(training: Training, say: Say) -> Trained:
     state, planned = PartialState(), training.planned
-    set_aside = _claim(planned, state.num_processes) if state.is_main_process else None
-    state.wait_for_everyone()
     say(f"train     {training.arm.name}: {training.arm.says}")
-    if set_aside:
-        say(f"          {planned.folder.name} had been trained on another schedule; that is now {set_aside}")
+    set_aside = _claim(planned, state.num_processes, say) if state.is_main_process else None
+    state.wait_for_everyone()
     metrics, problem = {}, None
     try:
         metrics = _train(training) if training.arm.trained else _measure_only(training)
@@ -188,16 +189,17 @@ def _check_processes(planned: Planned, processes: int) -> None:
         )
 
 
-def _claim(planned: Planned, processes: int) -> Path | None:
+def _claim(planned: Planned, processes: int, say: Say) -> Path | None:
     """Note in a folder what is trained there; what was trained on other inputs is moved away, never gone on from.
 
     Returns:
         where the earlier training is now, if there was one.
     """
     folder, set_aside = planned.folder, None
-    if planned.in_the_way:
+    if words := planned.in_the_way:
         names = (folder.with_name(f"{folder.name}.{n}") for n in itertools.count(1))
         set_aside = folder.rename(next(name for name in names if not name.exists()))
+        say(f"          {folder.name} had been trained on {words}; that is now {set_aside}")
     text = canonical_json({**planned.inputs, "processes": processes})
     write_atomic(folder / "inputs.json", lambda partial: partial.write_text(text, encoding="utf-8"))
     return set_aside
@@ -218,7 +220,7 @@ def _train(training: Training) -> dict[str, float]:
     with watch(trainer, f"train {training.arm.name}"), interruptible(trainer) as interrupt:
         metrics = dict(trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics)
     if checkpoint:
-        metrics["train_loss"] = logged_loss(trainer.state.log_history)
+        metrics = of_all_legs(metrics, trainer.state.log_history)
     trainer.save_model(str(training.folder))
     trainer.save_state()
     table = measure(trainer) if training.planned.held_out.num_rows else None
@@ -248,7 +250,10 @@ def _trainer(training: Training, table: pa.Table, **more: Any) -> PairwiseDPOTra
     defaults = {"report_to": "none", "logging_steps": 10, "dataloader_pin_memory": torch.cuda.is_available()}
     own = {"method": arm.loss, "knobs": dict(arm.knobs), "run_name": f"{training.run.process.settings.name} {arm.name}"}
     given = {**defaults, **keys.dpo, **own, **more, "model_init_kwargs": None}
-    config = PairwiseDPOConfig(output_dir=str(training.folder), disable_tqdm=True, **given)
+    try:
+        config = PairwiseDPOConfig(output_dir=str(training.folder), disable_tqdm=True, **given)
+    except (ValueError, TypeError) as error:
+        raise ProcessError(f"train: arm '{arm.name}' cannot have these settings: {error}") from error
 
     def load() -> Any:
         init = keys.dpo.get("model_init_kwargs")

@@ -226,7 +226,7 @@ class PairwiseDPOTrainer(DPOTrainer):  # type: ignore[misc]
         else:
             batch = _batch(heard.outputs, rest)
             controls = self._of_this_step(batch, controls)
-            each, untrained = self._each(batch, controls), partial(self._each, _untrained(batch), controls)
+            each, untrained = self._each(batch, controls), partial(self._each_untrained, batch, controls)
             loss = self._mean(each, controls.keep)
             if self.aux_loss_enabled:
                 loss += self.router_aux_loss_coef * heard.outputs.aux_loss
@@ -242,6 +242,13 @@ class PairwiseDPOTrainer(DPOTrainer):  # type: ignore[misc]
     def _each(self, batch: PairBatch, controls: Controls) -> Tensor:
         """Losses of the pairs of a batch, (B,)."""
         return losses(self.args.method, batch, controls, self.args.knobs or {})
+
+    def _each_untrained(self, batch: PairBatch, controls: Controls) -> Tensor:
+        """The same where the policy is the reference."""
+        assert batch.ref_chosen_logps is not None
+        assert batch.ref_rejected_logps is not None
+        there = replace(batch, chosen_logps=batch.ref_chosen_logps, rejected_logps=batch.ref_rejected_logps)
+        return self._each(there, controls)
 
     def _mean(self, each: Tensor, keep: Tensor | None) -> Tensor:
         """Over the kept pairs of all processes, whose gradients are averaged afterwards."""
@@ -381,10 +388,3 @@ def _batch(outputs: Any, inputs: Mapping[str, Tensor]) -> PairBatch:
     chosen, rejected = outputs.log_probs[:, -mask.shape[1] :].sum(1).chunk(2)
     lengths = mask.sum(1).chunk(2)
     return PairBatch(chosen, rejected, inputs["ref_chosen_logps"], inputs["ref_rejected_logps"], *lengths)
-
-
-def _untrained(batch: PairBatch) -> PairBatch:
-    """The same pairs where the policy is the reference."""
-    assert batch.ref_chosen_logps is not None
-    assert batch.ref_rejected_logps is not None
-    return replace(batch, chosen_logps=batch.ref_chosen_logps, rejected_logps=batch.ref_rejected_logps)
