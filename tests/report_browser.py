@@ -29,6 +29,17 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
+def folded(page: Any) -> dict[str, list[Any]]:
+    """By caption, each table that folds: how far it reaches out of its box, and names of its cells beside its heads."""
+    found = page.evaluate(
+        """() => [...document.querySelectorAll('table.fold')].map((table) => [table.caption.textContent, [
+        table.parentElement.scrollWidth - table.parentElement.clientWidth,
+        [...table.querySelectorAll('tbody tr')].flatMap((row) => [...row.cells].map((cell, n) => [
+        cell.dataset.name ?? null, table.tHead.rows[0].cells[n].textContent, cell.classList.contains('words')]))]])"""
+    )
+    return dict(found)
+
+
 class Seen:
     """An open page, and what it asked for, complained of or popped up."""
 

@@ -362,7 +362,7 @@ def test_large_numbers_are_whole_on_eighty_columns(
 def test_the_help_of_all_commands_is_not_cut(sp2dpo: Sp2dpo, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     [line] = [line for line in sp2dpo("--help").out.splitlines() if line.startswith("  compare ")]
-    assert line.endswith("what moved between them.")
+    assert line.endswith("trained arms side by side.")
 
 
 def test_the_same_runs_say_that_nothing_moved(sp2dpo: Sp2dpo, runs: dict[str, Run], tmp_path: Path) -> None:
@@ -523,6 +523,16 @@ def test_the_same_runs_give_the_same_bytes(runs: dict[str, Run], tmp_path: Path)
     compared: list[Comparison] = [write_page(paths, tmp_path / name) for name in ("one.html", "two.html")]
     assert (tmp_path / "one.html").read_bytes() == (tmp_path / "two.html").read_bytes()
     assert compared[0] == compared[1]
+
+
+def test_a_run_given_as_a_dot_is_shown_by_the_name_of_its_folder(
+    runs: dict[str, Run], sp2dpo: Sp2dpo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(runs["first"].path)
+    name = runs["first"].path.name
+    ran = sp2dpo("compare", ".", "-o", tmp_path / "page.html")
+    assert f"  {name}  (" in ran.out.splitlines()[0]
+    assert f'<span class="quiet">{name}<br>' in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("names", [("first",), ("first", "strange"), ("strange", "first")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 
 from conftest import Sp2dpo
-from report_browser import Seen, chromium, needs_chromium
+from report_browser import Seen, chromium, folded, needs_chromium
 from report_runs import judged, make_run, pair, put_arms, put_margins
 from sp2dpo.arms import CONTROLS
 from sp2dpo.cli.compare_tables import print_comparison
@@ -177,6 +178,24 @@ def test_what_the_numbers_are_of_and_how_little_one_seed_says_is_told(
     assert "one seed" not in shown
 
 
+def test_columns_that_would_be_empty_are_left_out(sp2dpo: Sp2dpo, tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    put_arms(run, ("dpo", "sp2dpo"))
+
+    def heads() -> list[str]:
+        told = sp2dpo("compare", run.path).out.split("Training, A")[1]
+        return re.split(r"  +", told.splitlines()[1].strip())
+
+    pull = ["acc.", "mean Δ", "β̄·|Δ|", "satur.", "left"]
+    assert heads() == ["arm", "loss", *pull]
+    put_arms(run, ("constant_beta",))
+    assert heads() == ["arm", "loss", "less constant_beta", *pull]
+    for name in ("dpo", "sp2dpo", "constant_beta"):
+        shutil.rmtree(run.training(name))
+    put_arms(run, ("dpo", "sp2dpo"), share=0.0)
+    assert heads() == ["arm", *pull]
+
+
 def test_json_has_the_arms_and_what_was_compared(sp2dpo: Sp2dpo, swept: Run, other: Run) -> None:
     given = json.loads(sp2dpo("compare", swept.path, other.path, "--json").out)
     compared = compare([swept.path, other.path])
@@ -205,6 +224,19 @@ def test_the_page_of_one_run_has_its_arms(swept: Run, tmp_path: Path) -> None:
     assert "Does it matter which pair has which β?" in html
 
 
+def test_a_page_without_the_constant_or_held_out_pairs_has_no_column_for_them(tmp_path: Path) -> None:
+    run, path = run_of(tmp_path), tmp_path / "page.html"
+    for share, measured in ((0.25, True), (0.0, False)):
+        for arm in ("dpo", "sp2dpo"):
+            shutil.rmtree(run.training(arm), ignore_errors=True)
+        put_arms(run, ("dpo", "sp2dpo"), share=share)
+        write_page([run.path], path)
+        html = path.read_text(encoding="utf-8")
+        heads = re.findall(r"<th [^>]*>([^<]*)</th>", html.split('class="arms fold"')[1].split("</thead>")[0])
+        assert "less that of constant_beta" not in heads
+        assert ("Loss" in heads, "Ranking" in heads) == (measured, measured)
+
+
 def test_a_page_of_runs_without_training_has_no_section_for_it(tmp_path: Path) -> None:
     write_page([make_run(tmp_path, [pair(0), pair(1)]).path], tmp_path / "page.html")
     assert "#training" not in (tmp_path / "page.html").read_text(encoding="utf-8")
@@ -226,4 +258,17 @@ def test_many_arms_stay_within_the_page_and_can_be_read(browser: Any, page: Path
     assert seen.page.evaluate("document.documentElement.scrollWidth") == width
     found = Axe().run(seen.page)
     assert found.response["violations"] == [], found.generate_report()
+    seen.page.close()
+
+
+@needs_chromium
+def test_on_a_phone_the_arms_need_no_scrolling_and_every_number_has_its_name(browser: Any, page: Path) -> None:
+    seen = Seen(browser, page.as_uri(), 390)
+    tables = folded(seen.page)
+    assert [re.split("[;,]", caption)[0] for caption in tables] == [
+        "What each arm reached", "sp2dpo less each control", "The same arm in two runs"
+    ]  # fmt: skip
+    for beyond, cells in tables.values():
+        assert beyond == 0
+        assert all(name == head for name, head, words in cells if head not in ("Arm", "Question") and not words)
     seen.page.close()

@@ -16,7 +16,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from scipy.stats import ttest_rel
 
-from report_browser import Seen, chromium, needs_chromium
+from report_browser import Seen, chromium, folded, needs_chromium
 from report_runs import judged, make_run, pair, put_arms, put_margins
 from sp2dpo.arms import CONTROLS
 from sp2dpo.evidence import read_evidence
@@ -318,6 +318,14 @@ def test_in_short_has_the_held_out_accuracy_and_the_difference_to_the_constant(t
     assert "held-out data or a benchmark" not in page
 
 
+def test_without_the_constant_there_is_no_column_of_differences_to_it(tmp_path: Path) -> None:
+    run = make_run(tmp_path, ten(), methods=("sp2dpo",))
+    put_arms(run, ("dpo", "sp2dpo"), batch=2)
+    assert "less that of constant_beta" not in section_of(run)
+    put_arms(run, ("constant_beta",), batch=2)
+    assert "less that of constant_beta" in section_of(run)
+
+
 def test_every_arm_has_a_line_of_its_own_and_charts_of_groups_have_few(tmp_path: Path) -> None:
     run = make_run(tmp_path, ten(), methods=("sp2dpo",))
     put_arms(run, (*CONTROLS, "dpo", "ipo", "cdpo"), batch=2)
@@ -415,10 +423,25 @@ def test_ten_arms_stay_within_the_page_and_can_be_read(browser: Any, page: Path,
 
 
 @needs_chromium
+def test_on_a_phone_what_each_arm_reached_needs_no_scrolling_and_every_number_has_its_name(
+    browser: Any, page: Path
+) -> None:
+    seen = Seen(browser, page.as_uri(), 390)
+    tables = folded(seen.page)
+    assert [caption.split(";")[0] for caption in tables] == [
+        "What was trained", "What it reached on the held-out pairs", "sp2dpo less each control, on the held-out pairs",
+    ]  # fmt: skip
+    for beyond, cells in tables.values():
+        assert beyond == 0
+        assert all(name == head for name, head, words in cells if head not in ("Arm", "Question") and not words)
+    seen.page.close()
+
+
+@needs_chromium
 def test_the_name_of_an_arm_stays_in_sight_when_its_table_is_scrolled(browser: Any, page: Path) -> None:
     seen = Seen(browser, page.as_uri(), 390)
     place = seen.page.evaluate(
-        """() => { const box = document.querySelector('table.arms').parentElement; box.scrollLeft = 9999;
+        """() => { const box = document.querySelector('table.arms:not(.fold)').parentElement; box.scrollLeft = 9999;
         const cell = box.querySelector('tbody th'); return [box.scrollLeft,
         cell.getBoundingClientRect().left - box.getBoundingClientRect().left]; }"""
     )

@@ -48,7 +48,7 @@ ARMS: Final = {
         Arm("rand_beta", "β drawn at random for each pair", "beta_random"),
         Arm("constant_beta", "the mean β of the schedule for all pairs", "mean"),
         Arm("shuffled_beta", "the β of the schedule, each at another pair", "shuffled"),
-        Arm("weighted_loss", "the mean β for all pairs, each loss times β_i over it (eq. 9)", "mean", weighted=True),
+        Arm("weighted_loss", "the mean β for all pairs, each loss times β of the pair over it", "mean", weighted=True),
         Arm("sp2dpo", "the β of the schedule", "beta"),
     )
 }

@@ -20,6 +20,7 @@ from sp2dpo.compare.words import (
     not_shown,
     over_seeds,
     panel_of,
+    place_of,
     summary,
     transitions,
 )
@@ -37,7 +38,7 @@ LONGEST = 20
 def print_comparison(compared: Comparison) -> None:
     """Readable in half a minute: the runs, their settings, what moved."""
     for run in compared.runs:
-        print(f"{run.label}  {run.name}  λ {run.lambda_hash[:12]}  {run.path}  ({panel_of(run)})")
+        print(f"{run.label}  {run.name}  λ {run.lambda_hash[:12]}  {place_of(run)}  ({panel_of(run)})")
     numbers = ["pairs", "excluded", "mean β", "range", "std", "α", "calls", "USD"]
     _table("", ["run"], numbers, map(_run, compared.runs))
     if len(compared.runs) > 1:
@@ -87,9 +88,7 @@ def _training(compared: Comparison) -> None:
     arms = [(f"{run.label} {arm.arm}", arm) for run in compared.training for arm in run.training.trained]
     _lines(f"Training, {measured_on(run)}" for run in compared.training if run.training.trained)
     if arms:
-        numbers = ["loss", "less constant_beta", "acc.", "mean Δ", "β̄·|Δ|", "satur.", "left"]
-        _table("", ["arm"], numbers, ([name, *_arm(arm)] for name, arm in arms))
-        print("loss: DPO's at train.beta, held-out pairs; satur.: mean β·σ(−βΔ), and what is left of its start")
+        _arms(arms)
     moved = [(name, arm) for name, arm in arms if arm.steps]
     there = [name for name in CATEGORIES if any(name in arm.groups for _, arm in moved)]
     for title, shown in _BY_CATEGORY.items() if there else ():
@@ -105,18 +104,29 @@ def _training(compared: Comparison) -> None:
     _lines(line for run in compared.training for line in not_shown(run))
 
 
-def _arm(arm: ArmRow) -> list[str]:
-    every = arm.groups["all pairs"]
-    less = _change_of(arm.versus.loss) if arm.versus else "–"
-    pull = [dec(every.saturation, 4), percent(every.left)]
-    return [
-        dec(arm.held_out_loss, 3),
-        less,
-        percent(every.accuracy),
-        dec(every.margin, 2),
-        dec(every.beta_margin, 2),
-        *pull,
-    ]
+def _arms(arms: Iterable[tuple[str, ArmRow]]) -> None:
+    """Without the columns in which no arm has a number."""
+    names, rows = zip(*arms, strict=True)
+    columns = {name: [shown(arm) for arm in rows] for name, shown in _NUMBERS.items()}
+    told = {name: cells for name, cells in columns.items() if set(cells) != {"–"}}
+    _table("", ["arm"], told, zip(names, *told.values(), strict=True))
+    if says := [f"{name}: {what}" for name, what in _SAYS.items() if name in told]:
+        print("; ".join(says))
+
+
+_NUMBERS: dict[str, Callable[[ArmRow], str]] = {
+    "loss": lambda arm: dec(arm.held_out_loss, 3),
+    "less constant_beta": lambda arm: _change_of(arm.versus.loss) if arm.versus else "–",
+    "acc.": lambda arm: percent(arm.groups["all pairs"].accuracy),
+    "mean Δ": lambda arm: dec(arm.groups["all pairs"].margin, 2),
+    "β̄·|Δ|": lambda arm: dec(arm.groups["all pairs"].beta_margin, 2),
+    "satur.": lambda arm: dec(arm.groups["all pairs"].saturation, 4),
+    "left": lambda arm: percent(arm.groups["all pairs"].left),
+}
+_SAYS = {
+    "loss": "DPO's at train.beta, held-out pairs",
+    "satur.": "mean β·σ(−βΔ), and what is left of its start",
+}
 
 
 _BY_CATEGORY: dict[str, Callable[[Measured], str]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Final
 
 from sp2dpo.audit.agreement import Estimate
@@ -23,6 +24,7 @@ __all__ = [
     "not_shown",
     "over_seeds",
     "panel_of",
+    "place_of",
     "summary",
     "transitions",
 ]
@@ -41,6 +43,11 @@ def named(pair: Moved | LonePair) -> str:
 def panel_of(run: RunRow) -> str:
     """Who was asked, and how often."""
     return f"{', '.join(run.annotators)} × {', '.join(run.variants)}"
+
+
+def place_of(run: RunRow) -> str:
+    """The directory as it was given; its own name where that is but dots."""
+    return run.path if Path(run.path).name.strip(".") else Path(run.path).resolve().name
 
 
 def headline(moves: Moves) -> str:
