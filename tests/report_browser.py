@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from playwright import sync_api
 
 CHROMIUM = shutil.which("chromium")
@@ -54,6 +55,15 @@ class Seen:
         self.page.on("dialog", self.refuse)
         self.page.goto(url)
         self.page.evaluate("for (const one of document.querySelectorAll('details')) one.open = true")
+
+    def check(self, url: str, width: int, part: str | None = None) -> None:
+        """Nothing else asked for, no complaint, no scrolling sideways, and nothing that axe finds in a part of it."""
+        assert self.requests == [url]
+        assert self.complaints == []
+        assert self.page.evaluate("document.documentElement.scrollWidth") == width
+        found = Axe().run(self.page, context=part)
+        assert found.response["violations"] == [], found.generate_report()
+        self.page.close()
 
     def refuse(self, dialog: Any) -> None:
         self.complaints.append(f"dialog: {dialog.message}")
