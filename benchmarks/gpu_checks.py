@@ -188,7 +188,7 @@ def _time_row(
         "trained": f"{'LoRA' if lora else 'full'}, {size:.2f} B",
         "batch": batch,
         "variant": VARIANTS[variant],
-        "TRL's tokens of its": f"{tokens['trl'] / tokens[variant]:.2f}",
+        "tokens, TRL random ÷ this": f"{tokens['trl'] / tokens[variant]:.2f}",
         "ms a pair": f"{1000 * seconds / len(sample.lengths):.1f}",
         "faster than TRL": f"{trl[0] / seconds:.2f}",
         "faster than TRL grouped": f"{peers['grouped'][0] / seconds:.2f}" if "grouped" in peers else "",

@@ -151,7 +151,7 @@ def _step_row(name: str, took: dict[str, list[Took]], sample: Sample, batch: int
         "trained": "LoRA" if lora else "full",
         "batch": batch,
         "variant": VARIANTS[name],
-        "TRL's tokens of its": f"{tokens['trl'].sum() / tokens[name].sum():.2f}",
+        "tokens, TRL random ÷ this": f"{tokens['trl'].sum() / tokens[name].sum():.2f}",
         "CPU s a step": spread(_cpu(took[name])),
         "seconds a step": spread(_wall(took[name])),
         "faster than TRL, CPU": faster(_cpu),
