@@ -39,7 +39,7 @@ __all__ = ["PairwiseDPOConfig", "PairwiseDPOTrainer", "margins_table"]
 logger = logging.getLogger(__name__)
 
 UNSUSPECTED: Final = 100.0
-"""A mean loss below this, in nats, is not compared with that of the untrained student."""
+"""A mean loss below this, in nats, is not compared with that of the untrained student, which costs a second loss."""
 
 
 class _PairBeta:
